@@ -1,0 +1,473 @@
+"""What a plug-in author reads: the contracts of methods, rewards, models and prompt suites.
+
+Vocabulary: a *row* is one latent through the denoiser, a *query* one picture scored by one component reward, an
+*iteration* one collection plus all its optimiser steps. Tensors carry shape suffixes: `x_BCHW` are B latents or
+pictures. Pictures are float in [0, 1] nominally and are NOT clamped before a differentiable reward.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from harness.errors import Diverged, UserError
+from harness.prompts import Prompt, PromptSuite
+from harness.randomness import Randomness
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "Conditioning",
+    "Context",
+    "Cost",
+    "CostRange",
+    "DiffusionModel",
+    "Diverged",
+    "FineTuner",
+    "Generation",
+    "MethodConfig",
+    "Optimizer",
+    "OptimizerConfig",
+    "Prediction",
+    "Prompt",
+    "PromptSuite",
+    "Randomness",
+    "Request",
+    "Reward",
+    "SamplerConfig",
+    "TrainedFineTuner",
+    "UserError",
+]
+
+
+class SamplerConfig(BaseModel):
+    """How a chain of denoising steps runs. Stored and reported, since each detail changes the numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(10, ge=1, le=1000, description="Sampling steps T.")
+    spacing: Literal["trailing", "leading"] = Field(
+        "trailing",
+        description="Which of the training timesteps are visited: trailing starts at the last one, leading (with "
+        "offset 1, as Stable Diffusion 1.x) ends at the first; sigma of the last step differs 3.3x between them.",
+    )
+    eta: float = Field(0.0, ge=0.0, le=1.0, description="Noise of each step: 0 is DDIM, 1 is ancestral (DDPM).")
+    guidance: float = Field(4.0, ge=0.0, description="Classifier-free guidance scale; 1 means no guidance.")
+    final_alpha: Literal["one", "first"] = Field(
+        "one", description="Target of the last step: a clean latent (one), or alpha of training timestep 0 (first)."
+    )
+
+
+class AdapterConfig(BaseModel):
+    """The shape of the LoRA adapter: one per run, so that all methods move the same parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(4, ge=1, description="LoRA rank.")
+    alpha: float | None = Field(None, gt=0, description="LoRA alpha; the update is scaled by alpha/rank. None: rank.")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"), description="Modules that get an adapter: the attention projections."
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to generate.
+
+    Attributes:
+        prompt: What to show.
+        noise_id: Names the initial latent. Further randomness of this picture is keyed by (prompt.id, noise_id),
+            never by its row in a batch.
+        noise: The initial latent x_T, float32 (C, H, W) on the CPU.
+    """
+
+    prompt: Prompt
+    noise_id: int
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told about each row: tensors with a leading dimension B, by keyword of the denoiser."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
+        return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Rows of all parts, in order."""
+        return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Which adapter a denoiser call uses. An argument of the call, never a context around it: gradient checkpointing
+    recomputes the call outside such a context.
+
+    Attributes:
+        scale: Factor on the adapter's update; 0 is the base model.
+        parameters: Values to use instead of the trained ones (old policies, per-step gradients), by name as in
+            `DiffusionModel.adapter_parameters`.
+    """
+
+    scale: float = 1.0
+    parameters: Mapping[str, Tensor] | None = None
+
+
+BASE = Adapter(scale=0.0)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the denoiser says about x_t = alpha*x0 + sigma*noise, after guidance. All (B, C, H, W).
+
+    Attributes:
+        noise: Predicted noise.
+        x0: Predicted clean latent.
+        conditional: The network's output for the prompt, in its own parametrisation.
+        unconditional: The same for the empty prompt; equal to `conditional` without guidance.
+    """
+
+    noise: Tensor
+    x0: Tensor
+    conditional: Tensor
+    unconditional: Tensor
+
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+
+class DiffusionModel(ABC):
+    """A text-to-image generator seen as the pieces that fine-tuning needs.
+
+    Implementations set the attributes and the abstract methods; guidance and the conversions between
+    parametrisations are here, once.
+
+    Attributes:
+        name: Shown in reports.
+        latent_shape: (C, H, W) of one latent.
+        prediction_type: Parametrisation of the denoiser's output.
+        device: Where the parameters live.
+        dtype: Dtype of latents.
+        training_timesteps: Number of discrete timesteps (1000 for Stable Diffusion 1.x).
+    """
+
+    name: str
+    latent_shape: tuple[int, int, int]
+    prediction_type: PredictionType
+    device: torch.device
+    dtype: torch.dtype
+    training_timesteps: int
+
+    @abstractmethod
+    def alpha_sigma(self, t: int) -> tuple[float, float]:
+        """(alpha, sigma) of timestep t in x_t = alpha*x0 + sigma*noise, in double precision."""
+
+    @abstractmethod
+    def condition(self, texts: Sequence[str]) -> Conditioning:
+        """Encode prompts; cached per text. The empty text is the unconditional row. No gradient flows here."""
+
+    @abstractmethod
+    def denoise(self, x_BCHW: Tensor, t: int, condition: Conditioning, adapter: Adapter) -> Tensor:
+        """One pass of B rows through the denoiser: the raw output in its own parametrisation."""
+
+    @abstractmethod
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents to pictures (B, 3, H, W), nominally in [0, 1], not clamped; differentiable."""
+
+    @abstractmethod
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Pictures in [0, 1] to latents (the mean of the encoder); differentiable."""
+
+    @abstractmethod
+    def add_adapter(self, config: AdapterConfig, randomness: Randomness) -> None:
+        """Attach a fresh adapter that leaves the output unchanged; replaces an earlier one. Float32 parameters."""
+
+    @abstractmethod
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters of the adapter by name; every other parameter is frozen."""
+
+    @abstractmethod
+    def save_adapter(self, directory: Path) -> None:
+        """Export the adapter in the model family's exchange format (diffusers' `load_lora_weights` reads it)."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A sha256 of the base weights and of what else determines the pictures."""
+
+    def predict(
+        self, x_BCHW: Tensor, t: int, condition: Conditioning, *, guidance: float, adapter: Adapter
+    ) -> Prediction:
+        """The guided prediction at timestep t: output = unconditional + guidance*(conditional - unconditional).
+
+        The adapter acts in both branches. With guidance 1 only the conditional row is computed, with any other
+        scale two rows per latent in one batch.
+        """
+        if guidance == 1.0:
+            conditional = unconditional = output = self.denoise(x_BCHW, t, condition, adapter)
+        else:
+            both = Conditioning.cat([self.condition([""] * len(x_BCHW)), condition])
+            unconditional, conditional = self.denoise(torch.cat([x_BCHW, x_BCHW]), t, both, adapter).chunk(2)
+            output = unconditional + guidance * (conditional - unconditional)
+        noise, x0 = self._noise_and_x0(x_BCHW, t, output)
+        return Prediction(noise, x0, conditional, unconditional)
+
+    def _noise_and_x0(self, x: Tensor, t: int, output: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.alpha_sigma(t)
+        match self.prediction_type:
+            case "epsilon":
+                return output, (x - sigma * output) / alpha
+            case "v_prediction":
+                return alpha * output + sigma * x, alpha * x - sigma * output
+            case "sample":
+                return (x - alpha * output) / sigma, output
+            case "flow":
+                return x + alpha * output, x - sigma * output
+
+    def noised(self, x0_BCHW: Tensor, t: int, noise_BCHW: Tensor) -> Tensor:
+        """x_t = alpha*x0 + sigma*noise."""
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha * x0_BCHW + sigma * noise_BCHW
+
+
+Role = Literal["proxy", "held-out", "gold"]
+
+
+class Reward(ABC):
+    """Pictures and prompts in, one float per picture out; larger is better for every reward.
+
+    Implementations are built by `Class(device)` and set the class attributes, which `list rewards` shows.
+
+    Attributes:
+        name: On the command line; the file's name with dashes unless a file holds several.
+        version: Bumped whenever its numbers change.
+        differentiable: Whether a gradient reaches the pictures.
+        role: `proxy` (may be trained on), `held-out` (another measure of the same thing, never trained on), `gold`
+            (the truth as well as it can be measured; shares no weights with any reward).
+        unit: Unit of the score, for axes and tables.
+        family: `any`, or the model family that it makes sense on (`emoji`).
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    differentiable: ClassVar[bool]
+    role: ClassVar[Role]
+    unit: ClassVar[str]
+    family: ClassVar[str] = "any"
+
+    @abstractmethod
+    def __init__(self, device: torch.device) -> None:
+        """Load what is needed onto `device`, once. Computes in float32."""
+
+    @abstractmethod
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,), float32, on the published scale, of pictures float (B, 3, H, W), nominally in [0, 1]."""
+
+    @abstractmethod
+    def applies(self, prompt: Prompt) -> bool:
+        """Whether the score is defined for this prompt; where not, it is missing in records, not zero."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was, or will be, spent. Rows count guidance twice; rows of different kinds are counted apart.
+
+    Attributes:
+        forward_rows: Denoiser rows without gradient.
+        gradient_rows: Denoiser rows whose graph was kept (or checkpointed) for a backward pass.
+        recomputed_rows: Rows computed again by gradient checkpointing.
+        backward_rows: Rows that a backward pass went through.
+        decodes: Latents decoded to pictures.
+        queries: Pictures scored, times component rewards.
+        reward_gradients: Of these, how many gave a gradient.
+    """
+
+    forward_rows: float = 0
+    gradient_rows: float = 0
+    recomputed_rows: float = 0
+    backward_rows: float = 0
+    decodes: float = 0
+    queries: float = 0
+    reward_gradients: float = 0
+
+    @property
+    def denoiser_rows(self) -> float:
+        """All passes of rows through the denoiser: forward, recomputed and backward."""
+        return self.forward_rows + self.gradient_rows + self.recomputed_rows + self.backward_rows
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: Cost) -> Cost:
+        return self + other * -1
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(*(getattr(self, f.name) * factor for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class CostRange:
+    """Cost of one iteration: what to expect, and what it can at most be (they differ where a method draws lengths)."""
+
+    expected: Cost
+    maximal: Cost
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How pictures are generated for evaluation: one variant of a trained cell.
+
+    Attributes:
+        sampler: The chain.
+        lora_scale: Strength of the adapter.
+        lora_steps: The adapter acts in the last `lora_steps` steps only; None means in all.
+    """
+
+    sampler: SamplerConfig
+    lora_scale: float = 1.0
+    lora_steps: int | None = None
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW and the clipping of the gradient's norm."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rate: float = Field(4e-4, gt=0, description="DRaFT, small scale: 4e-4.")
+    weight_decay: float = Field(0.1, ge=0, description="DRaFT: 0.1.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's default; not stated in the DRaFT paper.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's default; not stated in the DRaFT paper.")
+    max_gradient_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's norm to this; None: do not.")
+
+
+class Optimizer(Protocol):
+    """What `Context.optimizer` returns."""
+
+    def zero_grad(self) -> None:
+        """Forget accumulated gradients."""
+
+    def step(self) -> float:
+        """Clip and apply the accumulated gradient; returns its norm before clipping. Raises Diverged if not finite."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+
+class Context(Protocol):
+    """What the harness lends a method. Data parallelism changes only this object.
+
+    Attributes:
+        randomness: The cell's streams; key draws by the ids of requests.
+        sampler: The run's sampler, which a method may change for its training (`eta`).
+        micro_batch: How many requests to hold in memory at once; results do not depend on it.
+    """
+
+    randomness: Randomness
+    sampler: SamplerConfig
+    micro_batch: int
+
+    def optimizer(self, parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> Optimizer:
+        """AdamW whose step reduces over ranks, measures and clips the norm, and raises Diverged if not finite."""
+
+    def micro_batches(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """Consecutive parts of at most `micro_batch` requests."""
+
+    def checkpointing(self, gradient_steps: int, rows: int) -> bool:
+        """Whether to checkpoint each sampling step of a chain with this many steps and rows under gradient."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate over ranks (the identity on one process)."""
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's `Config`: frozen, unknown names refused; each field says where its default is from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+
+
+class FineTuner(ABC):
+    """An algorithm that adapts a model to a reward. Subclass `TrainedFineTuner`; the class in a file of methods/ is
+    found by itself, `path/to/file.py:Class` works as well.
+
+    Attributes:
+        version: Bumped whenever the method's numbers change.
+        stochastic: Whether seeds differ beyond the stream of requests and the adapter's initial values.
+        needs_reward_gradient: A non-differentiable reward is refused before anything is spent.
+        Config: Every hyper-parameter with default and source.
+    """
+
+    version: ClassVar[str]
+    stochastic: ClassVar[bool]
+    needs_reward_gradient: ClassVar[bool]
+    Config: ClassVar[type[MethodConfig]]
+
+    @abstractmethod
+    def __init__(self, model: DiffusionModel, reward: Reward, config: Any, context: Context) -> None:
+        """The model has its adapter attached; the reward returns training scores and is metered."""
+
+    @abstractmethod
+    def planned_cost(self) -> CostRange:
+        """Cost of one iteration, for --dry-run, for the stop rule, and checked against the meter by tests."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request], generation: Generation) -> Tensor:
+        """Latents (N, C, H, W) of the requests."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beyond the adapter: optimiser, statistics, buffers. Tensors and plain values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+
+class TrainedFineTuner(FineTuner):
+    """A method that changes weights: the harness calls `iterate` until the budget is spent."""
+
+    model: DiffusionModel
+
+    @property
+    @abstractmethod
+    def requests_per_iteration(self) -> int:
+        """How many requests of the seed's stream one iteration reads."""
+
+    @abstractmethod
+    def iterate(self, requests: Sequence[Request]) -> Mapping[str, float]:
+        """One collection and its optimiser steps. Returns metrics; `reward` and `gradient_norm` among them."""
+
+    def generate(self, requests: Sequence[Request], generation: Generation) -> Tensor:
+        """The shared sampler with the adapter on."""
+        from harness.sampling import generate
+
+        return generate(self.model, requests, generation)
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """What records and reports keep of a reward."""
+
+    name: str
+    version: str
+    differentiable: bool
+    role: Role
+    unit: str
+    family: str
+    description: str = field(default="")

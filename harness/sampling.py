@@ -1,0 +1,216 @@
+"""The one sampling loop: deterministic and stochastic steps, log-probabilities, and where the gradient starts.
+
+Every method's chain is this loop. A step is x_t -> N(mean, std^2) with the DDIM family's mean and std (Song et al.
+2021, eq. 12 and 16); eta = 0 makes it deterministic, and then it is no action: it has no log-probability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from harness.api import Adapter, Conditioning, DiffusionModel, Generation, Prediction, Request, SamplerConfig
+from harness.randomness import Randomness
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a chain, from timestep t to the next visited one (or to the clean latent).
+
+    Attributes:
+        index: 0 is the first step (most noise), T-1 the last.
+        t: Timestep that the denoiser is told.
+        alpha, sigma: Of x_t = alpha*x0 + sigma*noise at t.
+        alpha_next, sigma_next: The same after the step.
+        std: Standard deviation of the noise that the step adds: eta * sigma_next/sigma * sqrt(1 - (alpha/alpha_next)^2).
+    """
+
+    index: int
+    t: int
+    alpha: float
+    sigma: float
+    alpha_next: float
+    sigma_next: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Distribution of the next latent: N(mean, std^2) in every dimension; std 0 means that it is the mean."""
+
+    mean: Tensor
+    std: float
+
+
+def timesteps(training_timesteps: int, config: SamplerConfig) -> list[int]:
+    """The visited timesteps, most noise first, as diffusers' schedulers define the two spacings."""
+    n, T = training_timesteps, config.steps
+    if config.spacing == "trailing":
+        return [round(n - i * n / T) - 1 for i in range(T)]
+    return [i * (n // T) + 1 for i in reversed(range(T))]
+
+
+def schedule(model: DiffusionModel, config: SamplerConfig) -> tuple[Step, ...]:
+    """The steps of a chain of `config` on `model`."""
+    visited = timesteps(model.training_timesteps, config)
+    final = (1.0, 0.0) if config.final_alpha == "one" else model.alpha_sigma(0)
+    levels = [*(model.alpha_sigma(t) for t in visited), final]
+    steps = []
+    for index, t in enumerate(visited):
+        (alpha, sigma), (alpha_next, sigma_next) = levels[index], levels[index + 1]
+        std = config.eta * sigma_next / sigma * math.sqrt(max(0.0, 1 - (alpha / alpha_next) ** 2))
+        steps.append(Step(index, t, alpha, sigma, alpha_next, sigma_next, std))
+    return tuple(steps)
+
+
+def transition(prediction: Prediction, step: Step) -> Transition:
+    """mean = alpha_next*x0 + sqrt(sigma_next^2 - std^2)*noise."""
+    direction = math.sqrt(max(0.0, step.sigma_next**2 - step.std**2))
+    return Transition(step.alpha_next * prediction.x0 + direction * prediction.noise, step.std)
+
+
+def log_probability(x_next_BCHW: Tensor, policy: Transition) -> Tensor:
+    """Log-density of the next latents, as the MEAN over latent dimensions (B,).
+
+    The mean, not the sum, is the field's convention since Black et al. 2023: clipping ranges such as 1e-4 are on
+    that scale.
+
+    Raises:
+        ValueError: std is 0; such a step is no action.
+    """
+    if policy.std == 0:
+        raise ValueError("a step without noise is no action and has no log-probability")
+    squared = (x_next_BCHW - policy.mean) ** 2 / (2 * policy.std**2)
+    return -(squared + math.log(policy.std) + 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+
+StepNoise = Callable[[Step], Tensor]
+Observer = Callable[[Step, Tensor, Tensor], None]
+
+
+def step_noise(model: DiffusionModel, requests: Sequence[Request], randomness: Randomness, purpose: str) -> StepNoise:
+    """Noise of stochastic steps, keyed by (purpose, prompt, noise id, step), never by the row of a batch."""
+
+    def draw(step: Step) -> Tensor:
+        rows = [
+            randomness.normal(model.latent_shape, purpose, r.prompt.id, r.noise_id, step.index) for r in requests
+        ]
+        return torch.stack(rows).to(model.device, model.dtype)
+
+    return draw
+
+
+def initial_latents(model: DiffusionModel, requests: Sequence[Request]) -> Tensor:
+    """x_T of the requests, (B, C, H, W)."""
+    return torch.stack([r.noise for r in requests]).to(model.device, model.dtype)
+
+
+def advance(
+    model: DiffusionModel,
+    x_BCHW: Tensor,
+    step: Step,
+    condition: Conditioning,
+    guidance: float,
+    adapter: Adapter,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Prediction]:
+    """One step of the chain: the next latent, and the prediction that it was made from."""
+    prediction = model.predict(x_BCHW, step.t, condition, guidance=guidance, adapter=adapter)
+    policy = transition(prediction, step)
+    return (policy.mean if noise is None else policy.mean + policy.std * noise), prediction
+
+
+def sample(
+    model: DiffusionModel,
+    x_BCHW: Tensor,
+    condition: Conditioning,
+    config: SamplerConfig,
+    *,
+    adapter: Adapter | Callable[[Step], Adapter] = Adapter(),  # noqa: B008 - frozen
+    gradient_steps: int = 0,
+    checkpointing: bool = False,
+    noise: StepNoise | None = None,
+    stop: int | None = None,
+    observe: Observer | None = None,
+) -> Tensor:
+    """Run the chain from x_T.
+
+    Args:
+        model: The model.
+        x_BCHW: Initial latents.
+        condition: B rows.
+        config: Steps, spacing, eta and guidance.
+        adapter: The adapter of every step, or a function that gives it.
+        gradient_steps: K: the last K steps keep their graph, the others run without gradient. Since x_T does not
+            depend on the parameters this equals a stop-gradient at x_K (DRaFT, Algorithm 1). K = T is the whole chain.
+        checkpointing: Recompute each step's activations in the backward pass instead of keeping them.
+        noise: Noise of each step; required where eta > 0.
+        stop: Run only the steps before this index; None runs all.
+        observe: Called after each step with (step, x before, x after).
+
+    Returns:
+        The latents after the last step that ran.
+
+    Raises:
+        ValueError: eta > 0 without `noise`.
+    """
+    steps = schedule(model, config)
+    if config.eta > 0 and noise is None:
+        raise ValueError("a stochastic sampler (eta > 0) needs the noise of its steps")
+    x = x_BCHW
+    for step in steps[:stop]:
+        chosen = adapter(step) if callable(adapter) else adapter
+        with_gradient = step.index >= len(steps) - gradient_steps and torch.is_grad_enabled()
+        drawn = noise(step) if noise is not None and step.std > 0 else None
+        with torch.set_grad_enabled(with_gradient):
+            if with_gradient and checkpointing:
+                # Everything that the recomputation reads is an argument; nothing random happens inside.
+                following = checkpoint(
+                    _next_latent, model, x, step, condition, config.guidance, chosen, drawn,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+            else:
+                following = _next_latent(model, x, step, condition, config.guidance, chosen, drawn)
+        if observe is not None:
+            observe(step, x, following)
+        x = following
+    return x
+
+
+def _next_latent(
+    model: DiffusionModel,
+    x: Tensor,
+    step: Step,
+    condition: Conditioning,
+    guidance: float,
+    adapter: Adapter,
+    noise: Tensor | None,
+) -> Tensor:
+    return advance(model, x, step, condition, guidance, adapter, noise)[0]
+
+
+def generate(model: DiffusionModel, requests: Sequence[Request], generation: Generation) -> Tensor:
+    """Latents (N, C, H, W) of an evaluation: the chain without gradient, with the variant's adapter strength.
+
+    Noise of stochastic samplers is keyed by the requests' ids alone, so it is the same for every method and seed.
+    """
+    config = generation.sampler
+    first = 0 if generation.lora_steps is None else config.steps - generation.lora_steps
+
+    def adapter(step: Step) -> Adapter:
+        return Adapter(scale=generation.lora_scale if step.index >= first else 0.0)
+
+    with torch.no_grad():
+        return sample(
+            model,
+            initial_latents(model, requests),
+            model.condition([r.prompt.text for r in requests]),
+            config,
+            adapter=adapter,
+            noise=step_noise(model, requests, Randomness(0, "evaluation"), "step"),
+        )

@@ -27,7 +27,7 @@ class Step:
         t: Timestep that the denoiser is told.
         alpha, sigma: Of x_t = alpha*x0 + sigma*noise at t.
         alpha_next, sigma_next: The same after the step.
-        std: Standard deviation of the noise that the step adds: eta * sigma_next/sigma * sqrt(1 - (alpha/alpha_next)^2).
+        std: Standard deviation of the step's noise: eta * sigma_next/sigma * sqrt(1 - (alpha/alpha_next)^2).
     """
 
     index: int
@@ -69,7 +69,7 @@ def schedule(model: DiffusionModel, config: SamplerConfig) -> tuple[Step, ...]:
 
 
 def transition(prediction: Prediction, step: Step) -> Transition:
-    """mean = alpha_next*x0 + sqrt(sigma_next^2 - std^2)*noise."""
+    """The mean is alpha_next*x0 + sqrt(sigma_next^2 - std^2)*noise."""
     direction = math.sqrt(max(0.0, step.sigma_next**2 - step.std**2))
     return Transition(step.alpha_next * prediction.x0 + direction * prediction.noise, step.std)
 
@@ -90,16 +90,14 @@ def log_probability(x_next_BCHW: Tensor, policy: Transition) -> Tensor:
 
 
 StepNoise = Callable[[Step], Tensor]
-Observer = Callable[[Step, Tensor, Tensor], None]
+Observer = Callable[[Step, Tensor, Transition, Tensor], None]
 
 
 def step_noise(model: DiffusionModel, requests: Sequence[Request], randomness: Randomness, purpose: str) -> StepNoise:
     """Noise of stochastic steps, keyed by (purpose, prompt, noise id, step), never by the row of a batch."""
 
     def draw(step: Step) -> Tensor:
-        rows = [
-            randomness.normal(model.latent_shape, purpose, r.prompt.id, r.noise_id, step.index) for r in requests
-        ]
+        rows = [randomness.normal(model.latent_shape, purpose, r.prompt.id, r.noise_id, step.index) for r in requests]
         return torch.stack(rows).to(model.device, model.dtype)
 
     return draw
@@ -108,21 +106,6 @@ def step_noise(model: DiffusionModel, requests: Sequence[Request], randomness: R
 def initial_latents(model: DiffusionModel, requests: Sequence[Request]) -> Tensor:
     """x_T of the requests, (B, C, H, W)."""
     return torch.stack([r.noise for r in requests]).to(model.device, model.dtype)
-
-
-def advance(
-    model: DiffusionModel,
-    x_BCHW: Tensor,
-    step: Step,
-    condition: Conditioning,
-    guidance: float,
-    adapter: Adapter,
-    noise: Tensor | None = None,
-) -> tuple[Tensor, Prediction]:
-    """One step of the chain: the next latent, and the prediction that it was made from."""
-    prediction = model.predict(x_BCHW, step.t, condition, guidance=guidance, adapter=adapter)
-    policy = transition(prediction, step)
-    return (policy.mean if noise is None else policy.mean + policy.std * noise), prediction
 
 
 def sample(
@@ -151,7 +134,7 @@ def sample(
         checkpointing: Recompute each step's activations in the backward pass instead of keeping them.
         noise: Noise of each step; required where eta > 0.
         stop: Run only the steps before this index; None runs all.
-        observe: Called after each step with (step, x before, x after).
+        observe: Called after each step with (step, x before, the policy that was sampled, x after).
 
     Returns:
         The latents after the last step that ran.
@@ -168,30 +151,31 @@ def sample(
         with_gradient = step.index >= len(steps) - gradient_steps and torch.is_grad_enabled()
         drawn = noise(step) if noise is not None and step.std > 0 else None
         with torch.set_grad_enabled(with_gradient):
+            arguments = (model, x, step, condition, config.guidance, chosen, drawn)
             if with_gradient and checkpointing:
                 # Everything that the recomputation reads is an argument; nothing random happens inside.
-                following = checkpoint(
-                    _next_latent, model, x, step, condition, config.guidance, chosen, drawn,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
+                mean, following = checkpoint(advance, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                following = _next_latent(model, x, step, condition, config.guidance, chosen, drawn)
+                mean, following = advance(*arguments)
         if observe is not None:
-            observe(step, x, following)
+            observe(step, x, Transition(mean, step.std), following)
         x = following
     return x
 
 
-def _next_latent(
+def advance(
     model: DiffusionModel,
-    x: Tensor,
+    x_BCHW: Tensor,
     step: Step,
     condition: Conditioning,
     guidance: float,
     adapter: Adapter,
     noise: Tensor | None,
-) -> Tensor:
-    return advance(model, x, step, condition, guidance, adapter, noise)[0]
+) -> tuple[Tensor, Tensor]:
+    """One step of the chain: the policy's mean, and the next latent (the mean itself where `noise` is None)."""
+    prediction = model.predict(x_BCHW, step.t, condition, guidance=guidance, adapter=adapter)
+    policy = transition(prediction, step)
+    return policy.mean, policy.mean if noise is None else policy.mean + policy.std * noise
 
 
 def generate(model: DiffusionModel, requests: Sequence[Request], generation: Generation) -> Tensor:

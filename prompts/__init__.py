@@ -1,1 +1,1 @@
-"""prompts package."""
+"""Prompt suites: one per file, with `suite()` returning a `PromptSuite`."""

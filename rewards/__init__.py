@@ -1,1 +1,1 @@
-"""rewards package."""
+"""Rewards: one final `Reward` per file, or one tight family."""

@@ -1,0 +1,144 @@
+"""What the reward-gradient family shares: one update by gradient ascent on a differentiable reward.
+
+DRaFT (Clark et al. 2024, Algorithm 1) and its relatives run the same chain; they differ in where the gradient is
+stopped and in which picture the reward sees. A method of the family is its `objective`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from harness.api import (
+    Conditioning,
+    Context,
+    Cost,
+    CostRange,
+    DiffusionModel,
+    Diverged,
+    MethodConfig,
+    Randomness,
+    Request,
+    Reward,
+    TrainedFineTuner,
+)
+from harness.sampling import initial_latents, sample, schedule
+
+
+class RewardGradientConfig(MethodConfig):
+    """Settings of the whole family."""
+
+    batch_size: int = Field(4, ge=1, description="Pictures per update. DRaFT, small scale: 4; large scale: 16.")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that are in memory together, with x_T (B, C, H, W) and the encoded prompts."""
+
+    requests: Sequence[Request]
+    noise: Tensor
+    condition: Conditioning
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a method minimises, (B,), and the rewards of the pictures that it made, (B,)."""
+
+    loss: Tensor
+    reward: Tensor
+
+
+class RewardGradientTuner(TrainedFineTuner):
+    """Ascend the gradient of the reward of generated pictures. Subclasses say how, in `objective`."""
+
+    def __init__(self, model: DiffusionModel, reward: Reward, config: RewardGradientConfig, context: Context) -> None:
+        self.model, self.reward, self.config, self.context = model, reward, config, context
+        self.steps = schedule(model, context.sampler)
+        self.optimizer = context.optimizer(list(model.adapter_parameters().values()), config.optimizer)
+
+    @abstractmethod
+    def objective(self, batch: Batch, draws: Randomness) -> Objective:
+        """Loss and reward of each row. `draws` is the iteration's randomness, the same for all its batches."""
+
+    @property
+    def requests_per_iteration(self) -> int:
+        """One batch."""
+        return int(self.config.batch_size)
+
+    def iterate(self, requests: Sequence[Request]) -> Mapping[str, float]:
+        """One update: the mean loss over the requests, its gradient, one step of the optimiser."""
+        draws = self.context.randomness.child("iteration", requests[0].noise_id)
+        losses, rewards = [], []
+        self.optimizer.zero_grad()
+        for part in self.context.micro_batches(requests):
+            texts = [request.prompt.text for request in part]
+            batch = Batch(part, initial_latents(self.model, part), self.model.condition(texts))
+            objective = self.objective(batch, draws)
+            (objective.loss.sum() / len(requests)).backward()
+            losses.append(objective.loss.detach())
+            rewards.append(objective.reward.detach())
+        reward = torch.cat(rewards).mean().item()
+        if reward != reward:
+            raise Diverged("the reward of the training pictures is not a number")
+        norm = self.optimizer.step()
+        return {"reward": reward, "loss": torch.cat(losses).mean().item(), "gradient_norm": norm}
+
+    def chain(self, batch: Batch, gradient_steps: int, stop: int | None = None) -> Tensor:
+        """Latents after the chain, with the gradient through its last `gradient_steps` steps."""
+        rows = len(batch.requests) * self.rows_per_picture
+        checkpointing = self.context.checkpointing(gradient_steps, rows)
+        return sample(
+            self.model,
+            batch.noise,
+            batch.condition,
+            self.context.sampler,
+            gradient_steps=gradient_steps,
+            checkpointing=checkpointing,
+            stop=stop,
+        )
+
+    def score(self, latents: Tensor, batch: Batch) -> Tensor:
+        """Reward of the decoded latents, (B,). The gradient flows through the decoder; nothing is clamped."""
+        return self.reward(self.model.decode(latents), [request.prompt for request in batch.requests])
+
+    @property
+    def rows_per_picture(self) -> int:
+        """Denoiser rows of one prediction: two with classifier-free guidance."""
+        return 1 if self.context.sampler.guidance == 1.0 else 2
+
+    def chain_cost(self, gradient_steps: int, forward_steps: int) -> Cost:
+        """Denoiser rows of one iteration's chains."""
+        pictures = int(self.config.batch_size)
+        rows = pictures * self.rows_per_picture
+        in_memory = min(pictures, self.context.micro_batch) * self.rows_per_picture
+        checkpointed = self.context.checkpointing(gradient_steps, in_memory)
+        return Cost(
+            forward_rows=rows * forward_steps,
+            gradient_rows=rows * gradient_steps,
+            recomputed_rows=rows * gradient_steps if checkpointed else 0,
+            backward_rows=rows * gradient_steps,
+        )
+
+    def scoring_cost(self, pictures_per_request: int = 1) -> Cost:
+        """Decodes, queries and reward gradients of one iteration."""
+        pictures = int(self.config.batch_size) * pictures_per_request
+        return Cost(decodes=pictures, queries=pictures, reward_gradients=pictures)
+
+    def truncated_cost(self, gradient_steps: int) -> CostRange:
+        """Cost of an iteration that scores the end of a chain with its last `gradient_steps` steps differentiated."""
+        cost = self.chain_cost(gradient_steps, len(self.steps) - gradient_steps) + self.scoring_cost()
+        return CostRange(cost, cost)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's moments."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the optimiser's moments."""
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -9,10 +9,8 @@ Shapes: S training seeds, P prompts. Missing values are NaN; they are left out a
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +21,6 @@ from scipy import stats
 from harness.stats.seed_means import Array, is_constant, present, strata
 
 NAN = float("nan")
-ENUMERATION_LIMIT = 20_000
-BOOTSTRAP_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -130,13 +126,8 @@ def crossed(cells: ArrayLike, *, level: float = 0.95) -> Interval:
     v = max(var(r)/S + var(c)/P - E/(SP), var(r)/S). The maximum keeps the interval from being shorter than that of
     the fixed suite.
     """
-    table, note = complete(np.asarray(cells, dtype=np.float64))
-    s, p = table.shape
-    if s < 2 or p < 2:
-        return seed_t(average_rows(table), level=level) if p == 1 else _no_table(table, level, note)
-    rows, columns = table.mean(axis=1), table.mean(axis=0)
-    noise = Part(-interaction(table) / (s * p), (s - 1) * (p - 1))
-    return _crossed(float(table.mean()), [mean_part(rows)], mean_part(columns), [noise], s, level, note)
+    [table], note = _complete([cells])
+    return _crossed([table], table.mean(axis=0), level, note)
 
 
 def crossed_difference(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Interval:
@@ -144,32 +135,64 @@ def crossed_difference(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> In
 
     v = max(vA + vB + vP - vE, vA + vB) with vA, vB the variances of the seed means over S, vP the variance over
     prompts of the difference of column means over P, and vE the interaction mean squares over S P, each with its own
-    degrees of freedom. The part of the prompt effect that both arms share cancels exactly.
+    degrees of freedom. What of the prompt effect both arms share cancels exactly.
 
     Args:
-        a: (S_a, P) cell means. ``b``: (S_b, P), same prompts in the same order.
+        a: (S_a, P) cell means.
+        b: (S_b, P), same prompts in the same order.
         level: coverage.
     """
-    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    both, note = complete(np.concatenate([first, second]), split=len(first))
-    kept_a = int(np.isfinite(first).any(axis=1).sum())
-    first, second = both[:kept_a], both[kept_a:]
-    p = both.shape[1]
-    seeds = min(len(first), len(second))
-    if seeds < 2 or p < 2:
-        estimate = float(first.mean() - second.mean()) if seeds and p else NAN
-        parts = [mean_part(first.mean(axis=1)), mean_part(second.mean(axis=1))] if p else []
-        why = join("one prompt: interval for this prompt only", note) if p == 1 else note
-        return t_interval(estimate, parts, n=seeds, level=level, note=why)
-    noise = [Part(-interaction(x) / (len(x) * p), (len(x) - 1) * (p - 1)) for x in (first, second)]
-    arms = [mean_part(first.mean(axis=1)), mean_part(second.mean(axis=1))]
-    prompts = mean_part(first.mean(axis=0) - second.mean(axis=0))
-    return _crossed(float(first.mean() - second.mean()), arms, prompts, noise, seeds, level, note)
+    [first, second], note = _complete([a, b])
+    return _crossed([first, second], first.mean(axis=0) - second.mean(axis=0), level, note)
 
 
-def _crossed(
-    estimate: float, arms: list[Part], prompts: Part, noise: list[Part], n: int, level: float, note: str
-) -> Interval:
-    """Use the full variance where prompts add to it, and the seeds' alone where the subtraction goes below that."""
-    adds = prompts.variance + sum(part.variance for part in noise) > 0
-    return t_interval(estimate, [*arms, prompts, *noise] if adds else arms, n=n, level=level, note=note)
+def _crossed(arms: list[Array], column_means: Array, level: float, note: str) -> Interval:
+    """Student interval of the mean of ``column_means`` from the complete (S, P) tables of one or two arms."""
+    n, p = min(map(len, arms)), arms[0].shape[1]
+    if n == 0 or p == 0:
+        return t_interval(NAN, [], n=0, level=level, note=note)
+    parts = [mean_part(table.mean(axis=1)) for table in arms]
+    if p == 1:
+        note = join("one prompt: holds for this prompt only", note)
+    elif n > 1:
+        noise = [Part(-_interaction(table) / table.size, (len(table) - 1) * (p - 1)) for table in arms]
+        extra = [mean_part(column_means), *noise]
+        if sum(part.variance for part in extra) > 0:
+            parts += extra
+    return t_interval(float(column_means.mean()), parts, n=n, level=level, note=note)
+
+
+def _interaction(table: Array) -> float:
+    """Mean square of what row and column means leave over, with (S - 1)(P - 1) degrees of freedom."""
+    rows, columns = table.mean(axis=1, keepdims=True), table.mean(axis=0, keepdims=True)
+    left_over = table - rows - columns + table.mean()
+    return float((left_over**2).sum() / ((len(table) - 1) * (table.shape[1] - 1)))
+
+
+def _complete(tables: Sequence[ArrayLike]) -> tuple[list[Array], str]:
+    """Leave out seeds without any score, then prompts that some seed lacks: the formulas need balanced tables."""
+    arrays = [np.atleast_2d(np.asarray(table, dtype=np.float64)) for table in tables]
+    kept = [array[np.isfinite(array).any(axis=1)] for array in arrays]
+    whole = np.logical_and.reduce([np.isfinite(array).all(axis=0) for array in kept])
+    lost = int((~whole).sum())
+    note = join(missing_note(arrays, kept), f"{lost} incomplete prompts left out" if lost else "")
+    return [array[:, whole] for array in kept], note
+
+
+def clopper_pearson(events: int, runs: int, *, level: float = 0.95) -> Interval:
+    """Exact interval of a rate (Clopper and Pearson 1934): no collapse in 5 runs still allows 52 %."""
+    if runs == 0:
+        return Interval(NAN, NAN, NAN, level, 0, note="no data")
+    bounds = stats.binomtest(events, runs).proportion_ci(level, method="exact")
+    return Interval(events / runs, float(bounds.low), float(bounds.high), level, runs)
+
+
+def missing_note(groups: Sequence[Array], kept: Sequence[Array]) -> str:
+    """Say how many seeds were left out because they have no value."""
+    lost = sum(map(len, groups)) - sum(map(len, kept))
+    return f"{lost} seed values missing" if lost else ""
+
+
+def join(*notes: str) -> str:
+    """One note from several, the empty ones left out."""
+    return "; ".join(note for note in notes if note)

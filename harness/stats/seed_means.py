@@ -9,6 +9,7 @@ Shapes: S training seeds, P prompts, K pictures (latents) per prompt.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,9 @@ def seed_scores(scores: ArrayLike, *, seed: ArrayLike, prompt: ArrayLike, pictur
 
     Args:
         scores: (N,) one score per row; a value that is not finite counts as missing.
-        seed: (N,) identity of the training seed. ``prompt``, ``picture``: (N,) identities of prompt and latent.
+        seed: (N,) identity of the training seed.
+        prompt: (N,) identity of the prompt.
+        picture: (N,) identity of the latent.
 
     Rows with the same three identities are copies of one picture: they are averaged and weigh as one, so that
     storing a picture twice changes nothing.
@@ -147,3 +150,12 @@ def strata(values: ArrayLike | Sequence[ArrayLike]) -> list[Array]:
 def is_constant(values: Array) -> bool:
     """Whether the values are equal up to rounding: a variance of 1e-34 is no estimate of anything."""
     return values.size == 0 or bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
+
+
+def content_rng(arrays: Sequence[Array]) -> np.random.Generator:
+    """A random stream that depends on the numbers alone."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(repr(array.shape).encode())
+        digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
+    return np.random.default_rng(int.from_bytes(digest.digest()[:16], "little"))

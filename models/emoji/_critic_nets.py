@@ -200,8 +200,7 @@ def write_tokenizer(captions: Sequence[str], folder: Path, merges: int = 600) ->
     words = Counter(word for caption in captions for word in re.findall(WORD, caption.lower()))
     alphabet = byte_alphabet()
     split = {
-        word: [*(alphabet[byte] for byte in word.encode()[:-1]), alphabet[word.encode()[-1]] + "</w>"]
-        for word in words
+        word: [*(alphabet[byte] for byte in word.encode()[:-1]), alphabet[word.encode()[-1]] + "</w>"] for word in words
     }
     learnt: list[tuple[str, str]] = []
     while len(learnt) < merges:

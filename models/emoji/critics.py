@@ -123,9 +123,7 @@ def style_loss(model: nn.Module, sprites: Sprites, recipe: Recipe, generator: to
     pairs = grouped_indices(sprites, 2 * recipe.batch, 2, generator).view(-1, 2)
     seed = int(torch.randint(2**62, (), generator=generator))
     # The same draws twice: both sprites at the same place on the same background.
-    first, second = (
-        compose(sprites, pairs[:, i], torch.Generator().manual_seed(seed), recipe.jitter) for i in (0, 1)
-    )
+    first, second = (compose(sprites, pairs[:, i], torch.Generator().manual_seed(seed), recipe.jitter) for i in (0, 1))
     mix = uniform(recipe.batch, generator) * (uniform(recipe.batch, generator) < recipe.fade)
     images = torch.lerp(first.images, second.images, mix.view(-1, 1, 1, 1)) / 2 + 0.5
     wanted = torch.lerp(
@@ -152,9 +150,7 @@ def compatible(batch: Batch) -> Tensor:
     return same & style & colour
 
 
-def clip_loss(
-    model: nn.Module, tokenizer: Any, sprites: Sprites, recipe: Recipe, generator: torch.Generator
-) -> Tensor:
+def clip_loss(model: nn.Module, tokenizer: Any, sprites: Sprites, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """Return the symmetric contrastive loss of one batch.
 
     Half of the batches consist of groups of four pictures of one animal, so that styles and colours must
@@ -187,9 +183,7 @@ def all_captions(sprites: Sprites) -> list[str]:
     return names + styles + [caption(sprites.names[0], None, colour) for colour in COLOURS] * 8
 
 
-def train(
-    name: str, sprites: Sprites, folder: Path, state: Path, recipe: Recipe, stop: int | None = None
-) -> nn.Module:
+def train(name: str, sprites: Sprites, folder: Path, state: Path, recipe: Recipe, stop: int | None = None) -> nn.Module:
     """Train one critic, or go on with it, write it to `folder`/name and return it in evaluation mode.
 
     Args:
@@ -283,14 +277,12 @@ def measure(name: str, model: nn.Module, sprites: Sprites, folder: Path, count: 
                 odds = scores[:, 2] - scores[:, :2].logsumexp(1)
                 for i, style in enumerate(STYLES):
                     chosen = odds[truth == i]
-                    found |= {f"log_odds_{style}": float(chosen.mean()), f"sd_{style}": float(chosen.std())}
+                    found |= {f"log_odds_{style}": float(chosen.mean()), f"sd_{style}": float(chosen.std(correction=0))}
         figures |= {key + kind: round(value, 4) for key, value in found.items()}
     return figures
 
 
-def clip_figures(
-    model: nn.Module, tokenizer: Any, sprites: Sprites, batch: Batch, images: Tensor
-) -> dict[str, float]:
+def clip_figures(model: nn.Module, tokenizer: Any, sprites: Sprites, batch: Batch, images: Tensor) -> dict[str, float]:
     """Return a CLIP's retrieval accuracies and its typical scores (100 times the cosine)."""
     pictures = torch.cat([nets.image_features(model, part) for part in torch.split(images, 100)])
 

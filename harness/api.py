@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from harness.config import AdapterConfig, SamplerConfig
 from harness.errors import Diverged, UserError
 from harness.prompts import Prompt, PromptSuite
 from harness.randomness import Randomness
@@ -30,6 +31,7 @@ __all__ = [
     "CostRange",
     "DiffusionModel",
     "Diverged",
+    "Embedding",
     "FineTuner",
     "Generation",
     "MethodConfig",
@@ -45,36 +47,6 @@ __all__ = [
     "TrainedFineTuner",
     "UserError",
 ]
-
-
-class SamplerConfig(BaseModel):
-    """How a chain of denoising steps runs. Stored and reported, since each detail changes the numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int = Field(10, ge=1, le=1000, description="Sampling steps T.")
-    spacing: Literal["trailing", "leading"] = Field(
-        "trailing",
-        description="Which of the training timesteps are visited: trailing starts at the last one, leading (with "
-        "offset 1, as Stable Diffusion 1.x) ends at the first; sigma of the last step differs 3.3x between them.",
-    )
-    eta: float = Field(0.0, ge=0.0, le=1.0, description="Noise of each step: 0 is DDIM, 1 is ancestral (DDPM).")
-    guidance: float = Field(4.0, ge=0.0, description="Classifier-free guidance scale; 1 means no guidance.")
-    final_alpha: Literal["one", "first"] = Field(
-        "one", description="Target of the last step: a clean latent (one), or alpha of training timestep 0 (first)."
-    )
-
-
-class AdapterConfig(BaseModel):
-    """The shape of the LoRA adapter: one per run, so that all methods move the same parameters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rank: int = Field(4, ge=1, description="LoRA rank.")
-    alpha: float | None = Field(None, gt=0, description="LoRA alpha; the update is scaled by alpha/rank. None: rank.")
-    targets: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"), description="Modules that get an adapter: the attention projections."
-    )
 
 
 @dataclass(frozen=True)
@@ -280,6 +252,28 @@ class Reward(ABC):
         """Whether the score is defined for this prompt; where not, it is missing in records, not zero."""
 
 
+class Embedding(ABC):
+    """Pictures to vectors, for diversity and drift; never trained on. Found in rewards/, as rewards are.
+
+    Attributes:
+        name: Shown in reports.
+        version: Bumped whenever its numbers change.
+        family: `any`, or the model family that it was made for.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    family: ClassVar[str] = "any"
+
+    @abstractmethod
+    def __init__(self, device: torch.device) -> None:
+        """Load what is needed onto `device`, once."""
+
+    @abstractmethod
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Vectors (B, D), float32, of pictures in [0, 1]; compared by their cosine."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What was, or will be, spent. Rows count guidance twice; rows of different kinds are counted apart.
@@ -458,16 +452,3 @@ class TrainedFineTuner(FineTuner):
         from harness.sampling import generate
 
         return generate(self.model, requests, generation)
-
-
-@dataclass(frozen=True)
-class RewardInfo:
-    """What records and reports keep of a reward."""
-
-    name: str
-    version: str
-    differentiable: bool
-    role: Role
-    unit: str
-    family: str
-    description: str = field(default="")

@@ -7,9 +7,9 @@ class UserError(ValueError):
     """A mistake in what was asked for; the message says what is wrong and what to do, and no traceback is shown."""
 
 
-class CellsFailed(RuntimeError):
+class CellsFailed(RuntimeError):  # noqa: N818 - reads as what happened
     """Some cells of a run crashed; what they computed is kept, and the same command runs them again."""
 
 
-class Diverged(RuntimeError):
+class Diverged(RuntimeError):  # noqa: N818 - a state of a cell, not a fault
     """Training left the finite numbers (NaN or infinite reward, loss or gradient): the cell ends as `diverged`."""

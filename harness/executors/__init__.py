@@ -1,1 +1,1 @@
-"""executors package."""
+"""Executors: who runs cells. `local` has worker processes on this machine."""

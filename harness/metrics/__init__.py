@@ -1,1 +1,1 @@
-"""metrics package."""
+"""Measures that no method is trained on: diversity and drift from the base model."""

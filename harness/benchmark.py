@@ -1,0 +1,198 @@
+"""The main job: plan a run, do what is missing of it, and render its report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness import store
+from harness.config import RunConfig
+from harness.errors import CellsFailed, UserError
+from harness.executors.local import Event, default_workers, run_cells
+from harness.grid import BASE_CELL, Cell, Grid
+from harness.metrics.drift import root_mean_square
+from harness.provenance import collect
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is about to do."""
+
+    grid: Grid
+    run_dir: Path
+    todo: tuple[Cell, ...]
+    workers: int
+
+
+def plan(config: RunConfig) -> Job:
+    """Resolve a configuration and find out which cells are missing.
+
+    Raises:
+        UserError: Something is wrong with the configuration, or with what the directory already holds.
+    """
+    grid = Grid(config)
+    run_dir = grid.run_directory()
+    _refuse_changed(grid, run_dir)
+    todo = tuple(cell for cell in grid.cells if not _is_done(run_dir, cell))
+    workers = config.workers or default_workers(config)
+    return Job(grid, run_dir, todo, max(1, min(workers, len(todo))))
+
+
+def run_benchmark(
+    config: RunConfig,
+    passed: Mapping[str, Any] | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    on_start: Callable[[Job], None] = lambda job: None,
+) -> Path:
+    """Run every missing cell and render the report; see `harness.run`."""
+    job = plan(config)
+    with store.lock(job.run_dir):
+        _write_plan(job, passed or {})
+        on_start(job)
+        ends = (
+            run_cells(config, job.run_dir, job.todo, job.workers, _logging(job.run_dir, on_event)) if job.todo else {}
+        )
+        for cell in job.grid.cells:
+            record_drift(job.run_dir, cell.cell)
+        if config.timing:
+            _time_arms(job)
+        from harness.report.build import build_report
+
+        build_report(job.run_dir)
+    crashed = [name for name, end in ends.items() if end == "crashed"]
+    if crashed:
+        raise CellsFailed(
+            f"{len(crashed)} of {len(job.grid.cells)} cells crashed ({', '.join(crashed[:3])}{', ...' * (len(crashed) > 3)}); "
+            f"why is in {job.run_dir}/cells/<cell>/error.txt. The same command runs them again."
+        )
+    return job.run_dir
+
+
+def _logging(run_dir: Path, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    def handle(event: Event) -> None:
+        if event.kind != "progress":
+            line = {"time": store.utc_now(), "event": event.kind, "cell": event.cell, "detail": event.detail}
+            store.append_line(run_dir / "log.jsonl", line)
+            if event.kind == "crashed":
+                path = run_dir / "cells" / event.cell / "status.json"
+                store.write_json(path, {"state": "crashed", "reason": event.detail})
+        on_event(event)
+
+    return handle
+
+
+def _is_done(run_dir: Path, cell: Cell) -> bool:
+    status = store.read_json(run_dir / "cells" / cell.cell / "status.json")
+    return (
+        status.get("state") in ("completed", "diverged")
+        and status.get("training_hash") == cell.training_hash
+        and status.get("evaluation_hash") == cell.evaluation_hash
+    )
+
+
+def _refuse_changed(grid: Grid, run_dir: Path) -> None:
+    """A run never mixes cells of different settings: refuse, and show the difference."""
+    for cell in grid.cells:
+        stored = store.read_json(run_dir / "cells" / cell.cell / "identity.json")
+        if not stored:
+            continue
+        now = {
+            "training": grid.training_identity(grid.arms[cell.arm], cell.reward, cell.seed),
+            "evaluation": grid.evaluation_identity(),
+        }
+        # A reward that was added to the evaluation scores the stored pictures; nothing else may differ.
+        known = stored["evaluation"]["rewards"]
+        now["evaluation"] = {
+            **now["evaluation"],
+            "rewards": {name: v for name, v in now["evaluation"]["rewards"].items() if name in known},
+        }
+        changes = _differences(_plain(stored), _plain(now))
+        if changes:
+            raise UserError(
+                f"{run_dir} holds {cell.cell} made with other settings: {'; '.join(changes[:4])}. "
+                "Give another --out, or the settings that it was made with."
+            )
+
+
+def _plain(content: Any) -> Any:
+    import json
+
+    return json.loads(json.dumps(content))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [f"{path} was {old!r} and is now {new!r}"]
+
+
+def _write_plan(job: Job, passed: Mapping[str, Any]) -> None:
+    """Write run.json, keeping the arms, rewards, seeds and cells that earlier commands added to this directory."""
+    new = job.grid.describe(passed)
+    old = store.read_json(job.run_dir / "run.json")
+    if old:
+        new["arms"] = _union(old["arms"], new["arms"], "label")
+        new["rewards"] = _union(old["rewards"], new["rewards"], "name")
+        new["cells"] = _union(old["cells"], new["cells"], "cell")
+        new["training_rewards"] = list(dict.fromkeys([*old["training_rewards"], *new["training_rewards"]]))
+        new["seeds"] = sorted({*old["seeds"], *new["seeds"]})
+        new["reference_arm"] = new["reference_arm"] if passed.get("reference") else old["reference_arm"]
+        new["passed"] = {**old["passed"], **new["passed"]}
+    store.write_json(job.run_dir / "run.json", {"schema": new["schema"], "name": job.run_dir.resolve().name, **new})
+    if not (job.run_dir / "provenance.json").exists() or job.todo:
+        command = "python -m harness " + " ".join(sys.argv[1:]) if sys.argv[1:] else "harness.run(config)"
+        store.write_json(job.run_dir / "provenance.json", collect(job.grid, command))
+
+
+def _union(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    merged = {item[key]: item for item in old}
+    merged.update({item[key]: item for item in new})
+    return list(merged.values())
+
+
+def record_drift(run_dir: Path, cell: str) -> None:
+    """Add a cell's drift from the base to its metrics, from the latents that both stored."""
+    directory, base = run_dir / "cells" / cell, run_dir / "cells" / BASE_CELL
+    paths = [
+        directory / "latents.npz",
+        base / "latents.npz",
+        directory / "metrics.parquet",
+        directory / "scores.parquet",
+    ]
+    if cell == BASE_CELL or not all(path.exists() for path in paths):
+        return
+    metrics = pd.read_parquet(directory / "metrics.parquet")
+    if (metrics["metric"] == "drift_latent_rms").any():
+        return
+    scores = pd.read_parquet(directory / "scores.parquet")
+    pairs = scores[scores["point"] == "final"].drop_duplicates(["split", "prompt_id", "noise_id"])
+    drift = root_mean_square(np.load(paths[0])["latents"], np.load(paths[1])["latents"])
+    by_prompt = pd.DataFrame({"prompt_id": pairs["prompt_id"].to_numpy(), "value": drift}).groupby(
+        "prompt_id", sort=False
+    )["value"]
+    first = pairs.iloc[0]
+    rows = [
+        {
+            **{name: first[name] for name in ("cell", "arm", "method", "training_reward", "seed", "variant")},
+            "point": "final",
+            "metric": "drift_latent_rms",
+            "prompt_id": prompt_id,
+            "value": values.mean(),
+            "n": len(values),
+        }
+        for prompt_id, values in by_prompt
+    ]
+    store.write_parquet(directory / "metrics.parquet", [*metrics.to_dict("records"), *rows], store.METRIC_COLUMNS)
+
+
+def _time_arms(job: Job) -> None:
+    from harness.timing import time_arms
+
+    time_arms(job.grid.config, job.run_dir, list(job.grid.arms))

@@ -1,0 +1,420 @@
+"""Trains and evaluates one cell; whatever moment it is killed at, the next attempt ends with the same records."""
+
+from __future__ import annotations
+
+import io
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from harness import store
+from harness.api import BASE, CostRange, Diverged, Generation, Prompt, Randomness, Request, TrainedFineTuner
+from harness.context import CellContext
+from harness.evaluation import Evaluated, Evaluator, load_pictures, save_pictures
+from harness.grid import BASE_CELL, Cell, Grid
+from harness.metering import Meter, MeteredModel, TrainingReward
+from harness.registry import load_embedding
+from harness.sampling import initial_latents, sample
+
+CHECKPOINT_SECONDS = 15.0
+Progress = Callable[[str, float, str], None]  # phase, fraction of the cell, detail
+
+
+@dataclass
+class Spent:
+    """What a cell has used so far: seconds by phase, and iterations."""
+
+    iterations: int = 0
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+
+
+class Workshop:
+    """What a worker keeps between cells: the model, and reward instances.
+
+    Training and evaluation never share a reward instance, so that nothing a method does can reach a score.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.model = grid.model
+        self._training = {name: reward for name, reward in grid.rewards.items() if name in _trained_on(grid)}
+        self.training_rewards = {name: reward(self.model.device) for name, reward in self._training.items()}
+        self.evaluator = Evaluator(
+            self.model,
+            {name: reward(self.model.device) for name, reward in grid.rewards.items()},
+            load_embedding(grid.source.family)(self.model.device),
+            grid.evaluated,
+            grid.config.evaluation,
+            Generation(grid.config.sampler),
+        )
+
+
+def _trained_on(grid: Grid) -> set[str]:
+    return {name for terms in grid.training_rewards.values() for _, name in terms}
+
+
+def request_stream(prompts: Sequence[Prompt], shape: Sequence[int], seed: int, start: int = 0) -> Iterator[Request]:
+    """The training requests of a seed, the same for every method: prompts in shuffled epochs, fresh noise each."""
+    randomness = Randomness(seed, "training stream")
+    n = start
+    while True:
+        epoch, place = divmod(n, len(prompts))
+        order = randomness.permutation(len(prompts), "epoch", epoch)
+        yield Request(prompts[order[place]], n, randomness.normal(shape, "x_T", n))
+        n += 1
+
+
+def run_cell(workshop: Workshop, cell: Cell, run_dir: Path, progress: Progress) -> str:
+    """Bring one cell to its end.
+
+    Returns:
+        `completed` or `diverged`.
+    """
+    directory = run_dir / "cells" / cell.cell
+    directory.mkdir(parents=True, exist_ok=True)
+    status = store.read_json(directory / "status.json")
+    if status.get("state") in ("completed", "diverged") and status.get("training_hash") == cell.training_hash:
+        _score_missing_rewards(workshop, cell, directory, status)
+        return str(status["state"])
+    if cell.cell == BASE_CELL:
+        return _run_base(workshop, cell, directory, progress)
+    return CellRun(workshop, cell, directory, progress).run()
+
+
+def _run_base(workshop: Workshop, cell: Cell, directory: Path, progress: Progress) -> str:
+    started, clock = store.utc_now(), time.perf_counter()
+    evaluator, model = workshop.evaluator, workshop.model
+
+    def generate(requests: Sequence[Request], generation: Generation) -> torch.Tensor:
+        texts = [r.prompt.text for r in requests]
+        noise = initial_latents(model, requests)
+        return sample(model, noise, model.condition(texts), generation.sampler, adapter=BASE)
+
+    def report(fraction: float) -> None:
+        progress("evaluate", 0.8 * fraction, "base model")
+
+    evaluated = evaluator.final_requests()
+    pictures, latents = evaluator.pictures(generate, [e.request for e in evaluated], report)
+    identity = {"cell": BASE_CELL, "arm": BASE_CELL, "method": BASE_CELL, "training_reward": "", "seed": -1}
+    _write_final(workshop, directory, identity, {}, evaluated, pictures, latents)
+    _write_metrics(directory, identity, evaluator.diversity(generate))
+    seconds = {"train": 0.0, "evaluate": time.perf_counter() - clock}
+    _write_status(directory, cell, "completed", "", started, seconds, 0, {}, workshop)
+    return "completed"
+
+
+class CellRun:
+    """One attempt at a trained cell."""
+
+    def __init__(self, workshop: Workshop, cell: Cell, directory: Path, progress: Progress) -> None:
+        self.workshop, self.cell, self.directory, self.progress = workshop, cell, directory, progress
+        grid = workshop.grid
+        self.arm, self.config = grid.arms[cell.arm], grid.config
+        self.meter, self.spent, self.started = Meter(), Spent(), store.utc_now()
+        model = workshop.model
+        # Every seed's adapter starts from the same values for all methods.
+        model.add_adapter(self.config.adapter, Randomness(cell.seed, "initial adapter"))
+        terms = [(weight, workshop.training_rewards[name]) for weight, name in grid.training_rewards[cell.reward]]
+        self.reward = TrainingReward(terms, self.meter, cell.reward)
+        context = CellContext(
+            model,
+            Randomness(cell.seed, "method"),
+            self.arm.sampler,
+            self.config.micro_batch,
+            self.config.checkpointing,
+            self.config.activation_limit_gib,
+        )
+        self.tuner = self.arm.finetuner(MeteredModel(model, self.meter), self.reward, self.arm.config, context)
+        self.points = sorted(p for p in self.config.budget.curve_points if p < self.config.budget.amount)
+
+    def run(self) -> str:
+        """Train until the budget is spent, evaluating on the way, then evaluate the end."""
+        self._resume()
+        store.write_json(
+            self.directory / "identity.json",
+            {
+                "training": self.workshop.grid.training_identity(self.arm, self.cell.reward, self.cell.seed),
+                "evaluation": self.workshop.grid.evaluation_identity(),
+            },
+        )
+        state, reason = "completed", ""
+        try:
+            self._train()
+        except Diverged as error:
+            state, reason = "diverged", f"{error} (iteration {self.spent.iterations + 1})"
+            self._restore_finite_adapter()
+        self._save_checkpoint()
+        self._evaluate_end()
+        cost = asdict(self.meter.cost) | {"denoiser_rows": self.meter.cost.denoiser_rows}
+        seconds = {"train": self.spent.train_seconds, "evaluate": self.spent.evaluate_seconds}
+        _write_status(
+            self.directory, self.cell, state, reason, self.started, seconds, self.spent.iterations, cost, self.workshop
+        )
+        (self.directory / "checkpoint.pt").unlink(missing_ok=True)
+        shutil.rmtree(self.directory / "points", ignore_errors=True)
+        return state
+
+    # ---------------------------------------------------------------- training
+
+    def _train(self) -> None:
+        tuner = self.tuner
+        assert isinstance(tuner, TrainedFineTuner)
+        planned = tuner.planned_cost()
+        size = tuner.requests_per_iteration
+        prompts = self.workshop.grid.training_prompts()
+        shape = self.workshop.model.latent_shape
+        stream = request_stream(prompts, shape, self.cell.seed, start=self.spent.iterations * size)
+        saved = time.perf_counter()
+        self._evaluate_point_if_due()
+        while self._affordable(planned):
+            requests = [next(stream) for _ in range(size)]
+            clock = time.perf_counter()
+            metrics = tuner.iterate(requests)
+            seconds = time.perf_counter() - clock
+            self.spent.iterations += 1
+            self.spent.train_seconds += seconds
+            self._log(metrics, seconds)
+            self._report("train", f"reward {metrics.get('reward', float('nan')):.3g}")
+            self._evaluate_point_if_due()
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                self._save_checkpoint()
+                saved = time.perf_counter()
+
+    def _used(self) -> float:
+        used = {
+            "queries": self.meter.cost.queries,
+            "denoiser_rows": self.meter.cost.denoiser_rows,
+            "iterations": self.spent.iterations,
+            "seconds": self.spent.train_seconds,
+        }
+        return float(used[self.config.budget.unit])
+
+    def _affordable(self, planned: CostRange) -> bool:
+        per_iteration = {
+            "queries": planned.maximal.queries * self.reward.components,
+            "denoiser_rows": planned.maximal.denoiser_rows,
+            "iterations": 1,
+            "seconds": self.spent.train_seconds / max(1, self.spent.iterations),
+        }
+        return self._used() + per_iteration[self.config.budget.unit] <= self.config.budget.amount + 1e-9
+
+    def _log(self, metrics: Mapping[str, float], seconds: float) -> None:
+        cost = self.meter.cost
+        line = {"iteration": self.spent.iterations, **metrics, "seconds": seconds, "memory_mib": peak_memory_mib()}
+        store.append_line(self.directory / "updates.jsonl", {**line, **asdict(cost)})
+
+    def _report(self, phase: str, detail: str, share: float = 0.0) -> None:
+        # Evaluation's share of a cell's time is not known beforehand; a fifth is close for the presets.
+        done = 0.8 * min(1.0, self._used() / self.config.budget.amount) if phase == "train" else 0.8 + 0.2 * share
+        self.progress(phase, done, detail)
+
+    # -------------------------------------------------------------- checkpoints
+
+    def _adapter_state(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.workshop.model.adapter_parameters().items()}
+
+    def _set_adapter(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.workshop.model.adapter_parameters().items():
+            parameter.data.copy_(state[name])
+
+    def _save_checkpoint(self) -> None:
+        buffer = io.BytesIO()
+        content = {
+            "training_hash": self.cell.training_hash,
+            "adapter": self._adapter_state(),
+            "tuner": self.tuner.state_dict(),
+            "cost": asdict(self.meter.cost),
+            "spent": asdict(self.spent),
+            "started": self.started,
+        }
+        torch.save(content, buffer)
+        store.write_bytes(self.directory / "checkpoint.pt", buffer.getvalue())
+
+    def _resume(self) -> None:
+        path = self.directory / "checkpoint.pt"
+        if path.exists():
+            content = torch.load(path, map_location=self.workshop.model.device, weights_only=True)
+            if content["training_hash"] == self.cell.training_hash:
+                self._set_adapter(content["adapter"])
+                self.tuner.load_state_dict(content["tuner"])
+                self.meter.add(**content["cost"])
+                self.spent = Spent(**content["spent"])
+                self.started = content["started"]
+        store.cut_back(self.directory / "updates.jsonl", self.spent.iterations)
+
+    def _restore_finite_adapter(self) -> None:
+        if all(p.isfinite().all() for p in self.workshop.model.adapter_parameters().values()):
+            return
+        path = self.directory / "checkpoint.pt"
+        if path.exists():
+            self._set_adapter(torch.load(path, weights_only=True)["adapter"])
+        else:
+            self.workshop.model.add_adapter(self.config.adapter, Randomness(self.cell.seed, "initial adapter"))
+
+    # --------------------------------------------------------------- evaluation
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "cell": self.cell.cell,
+            "arm": self.cell.arm,
+            "method": self.arm.method,
+            "training_reward": self.cell.reward,
+            "seed": self.cell.seed,
+        }
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "iteration": self.spent.iterations,
+            "queries": self.meter.cost.queries,
+            "denoiser_rows": self.meter.cost.denoiser_rows,
+            "train_seconds": self.spent.train_seconds,
+        }
+
+    def _evaluate_point_if_due(self) -> None:
+        """Evaluate at the first iteration that reaches a point of the grid; once, also across interruptions."""
+        due = [p for p in self.points if p <= self._used() + 1e-9]
+        if not due or (path := self.directory / "points" / f"{due[-1]:g}.parquet").exists():
+            return
+        clock = time.perf_counter()
+        evaluator = self.workshop.evaluator
+        evaluated = evaluator.curve_requests()
+        pictures, _ = evaluator.pictures(self.tuner.generate, [e.request for e in evaluated])
+        rows = _score_rows(self._identity(), self._position(), f"{due[-1]:g}", evaluator.score(pictures, evaluated))
+        self.spent.evaluate_seconds += time.perf_counter() - clock
+        store.write_parquet(path, rows, store.SCORE_COLUMNS)
+        self._save_checkpoint()
+
+    def _evaluate_end(self) -> None:
+        clock = time.perf_counter()
+        evaluator = self.workshop.evaluator
+        evaluated = evaluator.final_requests()
+
+        def report(fraction: float) -> None:
+            self._report("evaluate", "final pictures", 0.8 * fraction)
+
+        pictures, latents = evaluator.pictures(self.tuner.generate, [e.request for e in evaluated], report)
+        _write_final(self.workshop, self.directory, self._identity(), self._position(), evaluated, pictures, latents)
+        _write_metrics(self.directory, self._identity(), evaluator.diversity(self.tuner.generate))
+        adapter = self.directory / "adapter"
+        self.workshop.model.save_adapter(adapter)
+        parameters = {name: tensor.cpu().contiguous() for name, tensor in self._adapter_state().items()}
+        store.write_bytes(adapter / "parameters.safetensors", save(parameters))
+        self.spent.evaluate_seconds += time.perf_counter() - clock
+        self._report("evaluate", "done", 1.0)
+
+
+def _score_rows(
+    identity: Mapping[str, Any], position: Mapping[str, Any], point: str, scores: Sequence[Any]
+) -> list[dict[str, Any]]:
+    start = {"iteration": 0, "queries": 0.0, "denoiser_rows": 0.0, "train_seconds": 0.0, **position}
+    return [
+        {
+            **identity,
+            **start,
+            "variant": "default",
+            "point": point,
+            "split": score.split,
+            "prompt_id": score.prompt.id,
+            "prompt": score.prompt.text,
+            "noise_id": score.noise_id,
+            "reward": score.reward,
+            "score": score.score,
+        }
+        for score in scores
+    ]
+
+
+def _write_final(
+    workshop: Workshop,
+    directory: Path,
+    identity: Mapping[str, Any],
+    position: Mapping[str, Any],
+    evaluated: Sequence[Evaluated],
+    pictures: Any,
+    latents: Any,
+) -> None:
+    import pandas as pd
+
+    if workshop.grid.config.keep_images == "final":
+        save_pictures(directory, pictures, evaluated)
+    buffer = io.BytesIO()
+    np.savez(buffer, latents=latents)
+    store.write_bytes(directory / "latents.npz", buffer.getvalue())
+    rows: list[Any] = []
+    for path in sorted((directory / "points").glob("*.parquet"), key=lambda p: float(p.stem)):
+        rows += pd.read_parquet(path).to_dict("records")
+    rows += _score_rows(identity, position, "final", workshop.evaluator.score(pictures, evaluated))
+    store.write_parquet(directory / "scores.parquet", rows, store.SCORE_COLUMNS)
+
+
+def _write_metrics(directory: Path, identity: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    full = [{**identity, "variant": "default", "point": "final", **row} for row in rows]
+    store.write_parquet(directory / "metrics.parquet", full, store.METRIC_COLUMNS)
+
+
+def _write_status(
+    directory: Path,
+    cell: Cell,
+    state: str,
+    reason: str,
+    started: str,
+    seconds: Mapping[str, float],
+    iterations: int,
+    cost: Mapping[str, float],
+    workshop: Workshop,
+) -> None:
+    store.write_json(
+        directory / "status.json",
+        {
+            "state": state,
+            "reason": reason,
+            "iterations": iterations,
+            "seconds": dict(seconds),
+            "peak_memory_mib": peak_memory_mib(),
+            "cost": dict(cost),
+            "training_hash": cell.training_hash,
+            "evaluation_hash": cell.evaluation_hash,
+            "evaluation_rewards": {name: r.version for name, r in workshop.evaluator.rewards.items()},
+            "started": started,
+            "finished": store.utc_now(),
+        },
+    )
+
+
+def _score_missing_rewards(workshop: Workshop, cell: Cell, directory: Path, status: dict[str, Any]) -> None:
+    """Score the stored pictures with rewards that were added since; nothing is generated or trained again."""
+    import pandas as pd
+
+    known = status.get("evaluation_rewards", {})
+    missing = [name for name in workshop.evaluator.rewards if name not in known]
+    if status.get("evaluation_hash") == cell.evaluation_hash or not missing:
+        return
+    evaluated = workshop.evaluator.final_requests()
+    scores = workshop.evaluator.score(load_pictures(directory, evaluated), evaluated, missing)
+    old = pd.read_parquet(directory / "scores.parquet")
+    first = old[old["point"] == "final"].iloc[0].to_dict()
+    shared = {key: first[key] for key in store.SCORE_COLUMNS if key in first}
+    rows = _score_rows(
+        shared, {k: first[k] for k in ("iteration", "queries", "denoiser_rows", "train_seconds")}, "final", scores
+    )
+    store.write_parquet(directory / "scores.parquet", [*old.to_dict("records"), *rows], store.SCORE_COLUMNS)
+    versions = {name: r.version for name, r in workshop.evaluator.rewards.items()}
+    store.write_json(
+        directory / "status.json", {**status, "evaluation_hash": cell.evaluation_hash, "evaluation_rewards": versions}
+    )
+
+
+def peak_memory_mib() -> float:
+    """Peak allocated on the accelerator where there is one, else peak resident of this process (Linux: KiB)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

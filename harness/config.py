@@ -1,0 +1,291 @@
+"""What a run is: settings, presets, arms, and how the command line's words become them (no torch here)."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from harness.errors import UserError
+from harness.prompts import Split
+
+PRESETS = Path(__file__).resolve().parents[1] / "presets"
+
+
+class SamplerConfig(BaseModel):
+    """How a chain of denoising steps runs. Stored and reported, since each detail changes the numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(10, ge=1, le=1000, description="Sampling steps T.")
+    spacing: Literal["trailing", "leading"] = Field(
+        "trailing",
+        description="Which of the training timesteps are visited: trailing starts at the last one, leading (with "
+        "offset 1, as Stable Diffusion 1.x) ends at the first; sigma of the last step differs 3.3x between them.",
+    )
+    eta: float = Field(0.0, ge=0.0, le=1.0, description="Noise of each step: 0 is DDIM, 1 is ancestral (DDPM).")
+    guidance: float = Field(4.0, ge=0.0, description="Classifier-free guidance scale; 1 means no guidance.")
+    final_alpha: Literal["one", "first"] = Field(
+        "one", description="Target of the last step: a clean latent (one), or alpha of training timestep 0 (first)."
+    )
+
+
+class AdapterConfig(BaseModel):
+    """The shape of the LoRA adapter: one per run, so that all methods move the same parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(4, ge=1, description="LoRA rank.")
+    alpha: float | None = Field(None, gt=0, description="LoRA alpha; the update is scaled by alpha/rank. None: rank.")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"), description="Modules that get an adapter: the attention projections."
+    )
+
+
+class BudgetConfig(BaseModel):
+    """What a cell may spend on training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    unit: Literal["queries", "denoiser_rows", "iterations", "seconds"] = Field(
+        "queries", description="What is counted; a cell stops before an iteration that could exceed the amount."
+    )
+    amount: float = Field(256, gt=0, description="How much of it.")
+    curve_points: tuple[float, ...] = Field(
+        (32, 64, 128), description="Where along training the model is evaluated, in the budget's unit."
+    )
+
+
+class EvaluationConfig(BaseModel):
+    """What every cell is scored on, in one fixed order and batch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: dict[Split, int] = Field(
+        default={"training": 24, "held-out": 24}, description="Prompts of each split: the first ones of the suite."
+    )
+    latents: int = Field(2, ge=1, description="Pictures per prompt, from the shared noise bank.")
+    curve_latents: int = Field(2, ge=1, description="The same at curve points (never more than `latents`).")
+    diversity_prompts: int = Field(4, ge=0, description="Prompts of the diversity block (of the last split above).")
+    diversity_latents: int = Field(8, ge=2, description="Pictures per prompt of the diversity block.")
+    batch: int = Field(16, ge=1, description="Pictures per batch; part of the evaluation's identity.")
+
+
+class ArmConfig(BaseModel):
+    """A method with its overrides and a label."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str
+    method: str
+    overrides: dict[str, Any] = {}
+
+
+class RunConfig(BaseModel):
+    """A grid of cells (arm x training reward x seed) on one model, suite and budget."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    methods: tuple[str, ...] = ()
+    arms: tuple[ArmConfig, ...] = ()
+    rewards: tuple[str, ...] = ("emoji-3d",)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    model: str = "emoji"
+    revision: str | None = None
+    suite: str | None = Field(None, description="None: the model's own suite.")
+    preset: str = "quick"
+    reference: str | None = Field(None, description="Label of the arm that others are compared with; None: the first.")
+    budget: BudgetConfig = BudgetConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    settings: dict[str, dict[str, Any]] = Field(
+        default={}, description="Hyper-parameters by method; an arm's own overrides come after these."
+    )
+    micro_batch: int = Field(16, ge=1, description="Pictures in memory at once while training.")
+    checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="Gradient checkpointing per sampling step; auto: where activations exceed the limit."
+    )
+    activation_limit_gib: float = Field(1.0, gt=0, description="For `checkpointing: auto`.")
+    out: Path | None = Field(None, description="Directory of the run; None: results/<preset>-<hash>.")
+    workers: int | None = Field(None, ge=1, description="Processes; None: one per core, or one per GPU.")
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    keep_images: Literal["final", "none"] = "final"
+    timing: bool = Field(True, description="Time each arm alone in a fresh process, for the cost table.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("seeds repeat")
+        return seeds
+
+    def all_arms(self) -> tuple[ArmConfig, ...]:
+        """One arm per method, then the named ones.
+
+        Raises:
+            UserError: There is none, or two share a label.
+        """
+        arms = (*(ArmConfig(label=_plugin_label(name), method=name) for name in self.methods), *self.arms)
+        if not arms:
+            raise UserError("nothing to run: give --methods draft,ddpo (`python -m harness list methods`) or --arm")
+        labels = [arm.label for arm in arms]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise UserError(f"two arms are labelled {label!r}; give each --arm a label of its own")
+        return arms
+
+
+def _plugin_label(name: str) -> str:
+    return Path(name.partition(":")[0]).stem if name.partition(":")[0].endswith(".py") else name
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """A hint such as `did you mean 'draft-k'?`, with all choices behind it."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(choices) or 'none'}"
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`5` is seeds 0 to 4, `0,3,7` a list, `1000-1004` a range.
+
+    Raises:
+        UserError: The text is none of these.
+    """
+    try:
+        if "," in text:
+            return tuple(int(part) for part in text.split(",") if part.strip())
+        if match := re.fullmatch(r"(\d+)-(\d+)", text.strip()):
+            return tuple(range(int(match[1]), int(match[2]) + 1))
+        count = int(text)
+    except ValueError:
+        raise UserError(f"--seeds {text!r}: give a count (5), a list (0,3,7) or a range (5-9)") from None
+    if count < 1:
+        raise UserError("--seeds must be at least 1")
+    return tuple(range(count))
+
+
+def parse_arm(text: str) -> ArmConfig:
+    """`label: method key=value key=value`.
+
+    Raises:
+        UserError: The text has another form.
+    """
+    label, colon, rest = text.partition(":")
+    words = rest.split()
+    if not colon or not label.strip() or not words or any("=" not in word for word in words[1:]):
+        raise UserError(f"--arm {text!r} is not understood: write 'K=5: draft-k k=5' (label: method key=value ...)")
+    overrides: dict[str, Any] = {}
+    for word in words[1:]:
+        key, _, value = word.partition("=")
+        _assign(overrides, key.split("."), yaml.safe_load(value))
+    return ArmConfig(label=label.strip(), method=words[0], overrides=overrides)
+
+
+def parse_budget(text: str) -> dict[str, Any]:
+    """`queries=256`, `denoiser_rows=50000`, `iterations=64` or `seconds=60`."""
+    unit, _, amount = text.partition("=")
+    try:
+        return {"unit": unit, "amount": float(amount)}
+    except ValueError:
+        raise UserError(f"--budget {text!r} is not understood: write queries=256, iterations=64 ...") from None
+
+
+RUN_SECTIONS = ("sampler", "adapter", "budget", "evaluation")
+
+
+def parse_set(items: Sequence[str]) -> dict[str, Any]:
+    """`draft-k.k=5`, `sampler.steps=20`, `micro_batch=4`: the nested settings that these words mean.
+
+    Raises:
+        UserError: An item has no `=`.
+    """
+    result: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--set {item!r} is not understood: write method.key=value or sampler.steps=20")
+        path = key.strip().split(".")
+        if len(path) > 1 and path[0] not in RUN_SECTIONS:
+            path = ["settings", *path]
+        try:
+            _assign(result, path, yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UserError(f"--set {item!r}: the value is no YAML scalar or list") from None
+    return result
+
+
+def _assign(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        known = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(known, Mapping) and key != "prompts"
+        result[key] = merge(known, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def load_yaml(path: Path, what: str) -> dict[str, Any]:
+    """A mapping from a YAML file.
+
+    Raises:
+        UserError: The file is absent, unreadable, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the {what} {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"the {what} {path} is no YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"the {what} {path} must hold a mapping of settings")
+    return content
+
+
+def presets() -> dict[str, Path]:
+    """The named experiments."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+
+
+def resolve(passed: Mapping[str, Any]) -> RunConfig:
+    """Defaults, then the preset, then what was passed.
+
+    Raises:
+        UserError: An unknown preset or setting, or a value out of range; names what and what would be right.
+    """
+    name = str(passed.get("preset", "quick"))
+    known = presets()
+    if name not in known:
+        raise UserError(f"there is no preset {name!r}; {nearest(name, list(known))}")
+    preset = {key: value for key, value in load_yaml(known[name], "preset").items() if key != "description"}
+    try:
+        return RunConfig.model_validate(merge({**preset, "preset": name}, passed))
+    except ValidationError as error:
+        raise UserError(explain(error, RunConfig)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
+    """The first problem of a validation in one sentence, with the nearest known name."""
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        unknown = str(problem["loc"][-1])
+        owner: Any = model
+        for part in problem["loc"][:-1]:
+            field = getattr(owner, "model_fields", {}).get(str(part))
+            owner = field.annotation if field is not None else owner
+        return f"there is no setting {where}{path}; {nearest(unknown, list(getattr(owner, 'model_fields', {})))}"
+    return f"{where}{path}={problem['input']!r}: {problem['msg'].lower()}"

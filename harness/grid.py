@@ -1,0 +1,306 @@
+"""From a configuration to the plan of a run: arms, cells, and the hashes that say what may be reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+import harness
+from harness.api import DiffusionModel, FineTuner, MethodConfig, Prompt, PromptSuite, Reward
+from harness.config import ArmConfig, RunConfig, SamplerConfig, explain
+from harness.errors import UserError
+from harness.prompts import SPLITS
+from harness.registry import (
+    ModelSource,
+    default_suite,
+    discover,
+    find_model,
+    load_method,
+    load_model,
+    load_reward,
+    load_suite,
+    reward_names,
+)
+
+SCHEMA = 1
+BASE_CELL = "base"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method, ready to be built."""
+
+    label: str
+    method: str
+    finetuner: type[FineTuner]
+    config: MethodConfig
+    sampler: SamplerConfig
+    overrides: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (arm, training reward, seed); the base model has arm `base`, no reward and seed -1."""
+
+    cell: str
+    arm: str
+    reward: str
+    seed: int
+    training_hash: str
+    evaluation_hash: str
+
+
+def slug(text: str) -> str:
+    """A readable file name; distinct texts that would collide get a hash."""
+    plain = re.sub(r"[^A-Za-z0-9.=*+_-]+", "-", text).strip("-.") or "x"
+    return plain if plain == text else f"{plain}-{digest(text)[:6]}"
+
+
+def digest(content: Any) -> str:
+    """Sha256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def build_arm(arm: ArmConfig, config: RunConfig) -> Arm:
+    """Validate an arm's settings.
+
+    Raises:
+        UserError: Unknown method or setting, or a value out of range.
+    """
+    finetuner = load_method(arm.method)
+    overrides = dict(arm.overrides)
+    sampler_overrides = overrides.pop("sampler", {})
+    values = _with_optimizer({**config.settings.get(arm.method, {}), **overrides}, finetuner)
+    try:
+        method_config = finetuner.Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, finetuner.Config, f"{arm.method}.")) from None
+    try:
+        sampler = SamplerConfig.model_validate({**config.sampler.model_dump(), **sampler_overrides})
+    except ValidationError as error:
+        raise UserError(explain(error, SamplerConfig, "sampler.")) from None
+    return Arm(arm.label, arm.method, finetuner, method_config, sampler, arm.overrides)
+
+
+def _with_optimizer(values: dict[str, Any], finetuner: type[FineTuner]) -> dict[str, Any]:
+    """`learning_rate=1e-3` means `optimizer.learning_rate=1e-3`: nobody should have to know the nesting."""
+    inner = finetuner.Config.model_fields["optimizer"].default_factory
+    known = type(inner()).model_fields if callable(inner) else {}  # type: ignore[call-arg]
+    nested = {key: value for key, value in values.items() if key in known}
+    rest = {key: value for key, value in values.items() if key not in known}
+    if nested:
+        rest["optimizer"] = {**rest.get("optimizer", {}), **nested}
+    return rest
+
+
+def parse_reward(expression: str) -> list[tuple[float, str]]:
+    """`2*emoji-3d+1*emoji-clip` is [(2, emoji-3d), (1, emoji-clip)].
+
+    Raises:
+        UserError: A term has another form.
+    """
+    terms = []
+    for term in expression.split("+"):
+        match = re.fullmatch(r"\s*(?:(-?[0-9.]+(?:e-?[0-9]+)?)\s*\*)?\s*([^*\s].*?)\s*", term)
+        if not match:
+            raise UserError(f"the reward {expression!r} is not understood: write 2*emoji-3d+1*emoji-clip")
+        terms.append((float(match[1] or 1), match[2]))
+    return terms
+
+
+class Grid:
+    """The plan of a run, with what workers need to carry it out.
+
+    Args:
+        config: The resolved configuration.
+        model: An already loaded model, or None to load it (its fingerprint is part of every hash).
+
+    Raises:
+        UserError: Anything that would make a cell impossible, before anything is spent.
+    """
+
+    def __init__(self, config: RunConfig, model: DiffusionModel | None = None) -> None:
+        self.config = config
+        self.arms = {arm.label: build_arm(arm, config) for arm in config.all_arms()}
+        if config.reference is not None and config.reference not in self.arms:
+            raise UserError(f"--reference {config.reference!r} is no arm of this run: {', '.join(self.arms)}")
+        unused = set(config.settings) - {arm.method for arm in self.arms.values()} - set(discover("methods"))
+        if unused:
+            raise UserError(f"settings are given for {', '.join(sorted(unused))}, which is no method")
+        self.source: ModelSource = find_model(config.model)
+        self.suite: PromptSuite = load_suite(config.suite or default_suite(self.source))
+        self.training_rewards = {expression: parse_reward(expression) for expression in config.rewards}
+        trained_on = [name for terms in self.training_rewards.values() for _, name in terms]
+        self.rewards: dict[str, type[Reward]] = {
+            name: load_reward(name) for name in dict.fromkeys([*trained_on, *reward_names(self.source.family)])
+        }
+        self._check_rewards(trained_on)
+        self.model = model or load_model(self.source, pick_device(config.device), pick_dtype(config), config.revision)
+        self.evaluated = {
+            split: self.suite.split(split)[: config.evaluation.prompts[split]]
+            for split in SPLITS
+            if split in config.evaluation.prompts
+        }
+        self.cells = [self._base_cell(), *self._trained_cells()]
+
+    def _check_rewards(self, trained_on: Sequence[str]) -> None:
+        for name in trained_on:
+            reward = self.rewards[name]
+            if reward.role != "proxy":
+                raise UserError(f"{name} is a {reward.role} reward: it only judges, and is never trained on")
+            for arm in self.arms.values():
+                if arm.finetuner.needs_reward_gradient and not reward.differentiable:
+                    raise UserError(
+                        f"{arm.method} needs the reward's gradient, and {name} has none; "
+                        "take a policy-gradient method such as ddpo, or a differentiable reward"
+                    )
+
+    def training_identity(self, arm: Arm, expression: str, seed: int) -> dict[str, Any]:
+        """Everything that a trained adapter depends on."""
+        return {
+            "engine": harness.__version__,
+            "method": [arm.method, arm.finetuner.version, arm.config.model_dump(mode="json")],
+            "reward": [
+                [weight, name, self.rewards[name].version] for weight, name in self.training_rewards[expression]
+            ],
+            "seed": seed,
+            "sampler": arm.sampler.model_dump(),
+            "adapter": self.config.adapter.model_dump(),
+            "budget": self.config.budget.model_dump(),
+            "suite": self.suite.sha256,
+            "model": self.fingerprint,
+            "dtype": self.config.dtype,
+        }
+
+    def evaluation_identity(self) -> dict[str, Any]:
+        """Everything that scores depend on beyond the adapter."""
+        return {
+            "engine": harness.__version__,
+            "sampler": self.config.sampler.model_dump(),
+            "evaluation": self.config.evaluation.model_dump(mode="json"),
+            "rewards": {name: reward.version for name, reward in self.rewards.items()},
+            "suite": self.suite.sha256,
+            "model": self.fingerprint,
+            "dtype": self.config.dtype,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model's weights, computed once."""
+        return self.model.fingerprint()
+
+    def _base_cell(self) -> Cell:
+        return Cell(BASE_CELL, BASE_CELL, "", -1, digest(self.fingerprint), digest(self.evaluation_identity()))
+
+    def _trained_cells(self) -> list[Cell]:
+        evaluation = digest(self.evaluation_identity())
+        return [
+            Cell(
+                f"{slug(arm.label)}--{slug(expression)}--seed{seed}",
+                arm.label,
+                expression,
+                seed,
+                digest(self.training_identity(arm, expression, seed)),
+                evaluation,
+            )
+            for seed in self.config.seeds  # seeds outermost: a run that is stopped early has every arm
+            for expression in self.training_rewards
+            for arm in self.arms.values()
+        ]
+
+    def training_prompts(self) -> tuple[Prompt, ...]:
+        """What methods are trained on."""
+        return self.suite.training
+
+    def run_directory(self) -> Path:
+        """--out, or results/<preset>-<hash of what was asked for>."""
+        if self.config.out is not None:
+            return self.config.out
+        identity = self.config.model_dump(mode="json", exclude={"out", "workers", "device", "keep_images", "timing"})
+        return Path("results") / f"{self.config.preset}-{digest([identity, self.fingerprint])[:8]}"
+
+    def describe(self, passed: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of run.json (see results/README.md)."""
+        methods = discover("methods")
+        parameters = sum(p.numel() for p in getattr(self.model, "unet", torch.nn.Module()).parameters())
+        return {
+            "schema": SCHEMA,
+            "config": self.config.model_dump(mode="json", exclude={"out", "workers", "device"}),
+            "passed": dict(passed),
+            "arms": [
+                {
+                    "label": arm.label,
+                    "method": arm.method,
+                    "version": arm.finetuner.version,
+                    "overrides": dict(arm.overrides),
+                    "config": arm.config.model_dump(mode="json"),
+                    "sampler": arm.sampler.model_dump(),
+                    "description": methods[arm.method].description
+                    if arm.method in methods
+                    else (arm.finetuner.__doc__ or "").split("\n")[0],
+                    "needs_reward_gradient": arm.finetuner.needs_reward_gradient,
+                }
+                for arm in self.arms.values()
+            ],
+            "reference_arm": self.config.reference or next(iter(self.arms)),
+            "training_rewards": list(self.training_rewards),
+            "rewards": [
+                {
+                    "name": name,
+                    "version": reward.version,
+                    "role": reward.role,
+                    "differentiable": reward.differentiable,
+                    "unit": reward.unit,
+                    "family": reward.family,
+                    "description": (reward.__doc__ or "").split("\n")[0],
+                }
+                for name, reward in self.rewards.items()
+            ],
+            "seeds": list(self.config.seeds),
+            "suite": {
+                "name": self.suite.name,
+                "version": self.suite.version,
+                "sha256": self.suite.sha256,
+                "evaluated": {split: [p.id for p in prompts] for split, prompts in self.evaluated.items()},
+            },
+            "model": {
+                "name": self.config.model if self.source.family != "any" else self.model.name,
+                "fingerprint": self.fingerprint,
+                "parameters": parameters,
+            },
+            "sampler": self.config.sampler.model_dump(),
+            "budget": self.config.budget.model_dump(mode="json"),
+            "cells": [vars(cell) for cell in self.cells],
+        }
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        UserError: The device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is not understood: cpu, cuda, cuda:1 ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA device is usable here; take --device cpu")
+    return device
+
+
+def pick_dtype(config: RunConfig) -> torch.dtype:
+    """The torch dtype of the frozen weights."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype

@@ -1,0 +1,122 @@
+"""Counts what a method spends, by wrapping model and reward: a method cannot forget to count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harness.api import Adapter, AdapterConfig, Conditioning, Cost, DiffusionModel, Prompt, Randomness, Reward
+
+
+class Meter:
+    """Cumulative counts of one cell."""
+
+    def __init__(self) -> None:
+        self.cost = Cost()
+
+    def add(self, **counts: float) -> None:
+        """Add to the counts named."""
+        self.cost = self.cost + Cost(**counts)
+
+
+def _inside_backward() -> bool:
+    # The only sign that a forward pass is a recomputation; torch's own module tracker relies on it, too.
+    return torch._C._current_graph_task_id() != -1
+
+
+class MeteredModel(DiffusionModel):
+    """A model that counts rows and decodes."""
+
+    def __init__(self, inner: DiffusionModel, meter: Meter) -> None:
+        self._inner, self._meter = inner, meter
+        self.name, self.latent_shape = inner.name, inner.latent_shape
+        self.prediction_type, self.training_timesteps = inner.prediction_type, inner.training_timesteps
+        self.device, self.dtype = inner.device, inner.dtype
+
+    def alpha_sigma(self, t: int) -> tuple[float, float]:
+        """As the inner model."""
+        return self._inner.alpha_sigma(t)
+
+    def condition(self, texts: Sequence[str]) -> Conditioning:
+        """As the inner model."""
+        return self._inner.condition(texts)
+
+    def denoise(self, x_BCHW: Tensor, t: int, condition: Conditioning, adapter: Adapter) -> Tensor:
+        """Counts the rows by kind."""
+        rows = len(x_BCHW)
+        output = self._inner.denoise(x_BCHW, t, condition, adapter)
+        if not output.requires_grad:
+            self._meter.add(forward_rows=rows)
+        elif _inside_backward():
+            self._meter.add(recomputed_rows=rows)
+        else:
+            self._meter.add(gradient_rows=rows)
+            output.register_hook(lambda gradient: self._meter.add(backward_rows=rows))
+        return output
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Counts the pictures."""
+        self._meter.add(decodes=len(latents_BCHW))
+        return self._inner.decode(latents_BCHW)
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """As the inner model."""
+        return self._inner.encode(images_BCHW)
+
+    def add_adapter(self, config: AdapterConfig, randomness: Randomness) -> None:
+        """As the inner model."""
+        self._inner.add_adapter(config, randomness)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """As the inner model."""
+        return self._inner.adapter_parameters()
+
+    def save_adapter(self, directory: Path) -> None:
+        """As the inner model."""
+        self._inner.save_adapter(directory)
+
+    def fingerprint(self) -> str:
+        """As the inner model."""
+        return self._inner.fingerprint()
+
+
+class TrainingReward(Reward):
+    """A weighted sum of rewards, each metered: what methods are trained on.
+
+    Args:
+        terms: (weight, reward); the score is the sum of weight * score.
+        meter: Counts a query per picture and component.
+        expression: Shown in errors.
+    """
+
+    role = "proxy"
+    unit = "weighted sum"
+    version = "1"
+
+    def __init__(self, terms: Sequence[tuple[float, Reward]], meter: Meter, expression: str) -> None:
+        self._terms, self._meter = terms, meter
+        self.name = expression  # type: ignore[misc]
+        self.differentiable = all(reward.differentiable for _, reward in terms)  # type: ignore[misc]
+
+    @property
+    def components(self) -> int:
+        """Queries per picture."""
+        return len(self._terms)
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """The weighted sum, (B,)."""
+        weighted = []
+        for weight, reward in self._terms:
+            scores = reward(images_BCHW, prompts)
+            self._meter.add(queries=len(scores))
+            if scores.requires_grad:
+                scores.register_hook(lambda gradient: self._meter.add(reward_gradients=len(gradient)))
+            weighted.append(weight * scores)
+        return torch.stack(weighted).sum(0)
+
+    def applies(self, prompt: Prompt) -> bool:
+        """Where all components do."""
+        return all(reward.applies(prompt) for _, reward in self._terms)

@@ -1,0 +1,83 @@
+"""Seconds and memory of each arm, alone in a fresh process: workers of a run share the machine and their history."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import store
+from harness.config import RunConfig
+from harness.executors.local import WORKER_ENVIRONMENT
+
+ITERATIONS = 2
+
+
+def time_arms(config: RunConfig, run_dir: Path, labels: Sequence[str]) -> None:
+    """Write timing.json: for each arm what `measure` gives. Arms that are there already are left alone."""
+    import os
+
+    path = run_dir / "timing.json"
+    timing = store.read_json(path)
+    for label in labels:
+        if label in timing:
+            continue
+        arguments = [sys.executable, "-m", "harness.timing", config.model_dump_json(), label]
+        done = subprocess.run(
+            arguments, capture_output=True, text=True, env={**os.environ, **WORKER_ENVIRONMENT}, check=False
+        )
+        if done.returncode == 0:
+            timing[label] = json.loads(done.stdout.splitlines()[-1])
+            store.write_json(path, timing)
+
+
+def measure(config: RunConfig, label: str) -> dict[str, float]:
+    """One warm-up iteration and `ITERATIONS` timed ones of an arm on the first training reward.
+
+    Returns:
+        `seconds_per_iteration`, `seconds_per_query` (the rest of an iteration shared out) and `peak_memory_mib`.
+    """
+    import torch
+
+    from harness.api import Randomness, TrainedFineTuner
+    from harness.cell import peak_memory_mib, request_stream
+    from harness.context import CellContext
+    from harness.grid import Grid
+    from harness.metering import Meter, MeteredModel, TrainingReward
+
+    torch.set_num_threads(1)
+    grid = Grid(config.model_copy(update={"workers": 1}))
+    arm, model, meter = grid.arms[label], grid.model, Meter()
+    expression, terms = next(iter(grid.training_rewards.items()))
+    reward = TrainingReward([(weight, grid.rewards[name](model.device)) for weight, name in terms], meter, expression)
+    model.add_adapter(config.adapter, Randomness(0, "initial adapter"))
+    context = CellContext(
+        model,
+        Randomness(0, "method"),
+        arm.sampler,
+        config.micro_batch,
+        config.checkpointing,
+        config.activation_limit_gib,
+    )
+    tuner = arm.finetuner(MeteredModel(model, meter), reward, arm.config, context)
+    assert isinstance(tuner, TrainedFineTuner)
+    stream = request_stream(grid.training_prompts(), model.latent_shape, 0)
+    size = tuner.requests_per_iteration
+    tuner.iterate([next(stream) for _ in range(size)])
+    before, clock = meter.cost, time.perf_counter()
+    for _ in range(ITERATIONS):
+        tuner.iterate([next(stream) for _ in range(size)])
+    seconds = (time.perf_counter() - clock) / ITERATIONS
+    queries = (meter.cost - before).queries / ITERATIONS
+    return {
+        "seconds_per_iteration": seconds,
+        "seconds_per_query": seconds / queries,
+        "peak_memory_mib": peak_memory_mib(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(RunConfig.model_validate_json(sys.argv[1]), sys.argv[2])))

@@ -29,7 +29,7 @@ def bootstrap(groups: Sequence[ArrayLike], statistic: Callable[..., float], *, l
     from a stream seeded by the data, so that two readers of the same numbers get the same interval.
     """
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
-    kept = [_in_order(array[np.isfinite(array.reshape(len(array), -1)).all(axis=1)]) for array in arrays]
+    kept = [_in_order(array[np.isfinite(array).all(axis=tuple(range(1, array.ndim)))]) for array in arrays]
     n = min(map(len, kept))
     if n < 2:
         estimate = float(statistic(*kept)) if n else NAN
@@ -78,5 +78,4 @@ def _upper_quantile(values: Array, weights: Array, level: float) -> float:
 
 def _in_order(values: Array) -> Array:
     """Rows in lexical order, so that the order in which seeds were read does not reach the random stream."""
-    keys = values.reshape(len(values), -1).T[::-1]
-    return values[np.lexsort(keys)] if len(keys) else values
+    return np.array(sorted(values.tolist()), dtype=np.float64)

@@ -200,9 +200,9 @@ def _differences(centred: Array, chosen: NDArray[np.intp], studentised: bool) ->
     var_a = np.maximum(squares - k * mean_a**2, 0) / (k - 1)
     var_b = np.maximum((centred**2).sum() - squares - other * mean_b**2, 0) / (other - 1)
     error = np.sqrt(var_a / k + var_b / other)
-    # No spread on either side: infinitely far apart, unless there is no difference either.
-    infinite = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
-    return np.asarray(np.divide(difference, error, out=infinite, where=error > 0), dtype=np.float64)
+    # No spread on either side: as far apart as can be, unless there is no difference either.
+    farthest = np.where(difference == 0, 0.0, np.copysign(1e300, difference))
+    return np.asarray(np.divide(difference, error, out=farthest, where=error > 0), dtype=np.float64)
 
 
 def _sums(statistics: Sequence[Array]) -> Array:

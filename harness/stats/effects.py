@@ -134,5 +134,5 @@ def _expected_maximum(ordered: Array, n: int) -> float:
     """Mean of the largest of n values over all subsets of size n."""
     ranks = np.arange(n, len(ordered) + 1)
     logs = special.gammaln(ranks) - special.gammaln(ranks - n + 1) - special.gammaln(n)
-    weights = np.exp(logs)
+    weights = np.exp(logs - logs.max())
     return float((ordered[n - 1 :] * weights).sum() / weights.sum())

@@ -126,8 +126,8 @@ def crossed(cells: ArrayLike, *, level: float = 0.95) -> Interval:
     v = max(var(r)/S + var(c)/P - E/(SP), var(r)/S). The maximum keeps the interval from being shorter than that of
     the fixed suite.
     """
-    [table], note = _complete([cells])
-    return _crossed([table], table.mean(axis=0), level, note)
+    tables, note = _complete([cells])
+    return _crossed(tables, level, note)
 
 
 def crossed_difference(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Interval:
@@ -142,15 +142,16 @@ def crossed_difference(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> In
         b: (S_b, P), same prompts in the same order.
         level: coverage.
     """
-    [first, second], note = _complete([a, b])
-    return _crossed([first, second], first.mean(axis=0) - second.mean(axis=0), level, note)
+    tables, note = _complete([a, b])
+    return _crossed(tables, level, note)
 
 
-def _crossed(arms: list[Array], column_means: Array, level: float, note: str) -> Interval:
-    """Student interval of the mean of ``column_means`` from the complete (S, P) tables of one or two arms."""
+def _crossed(arms: list[Array], level: float, note: str) -> Interval:
+    """Student interval of the mean of one, or of the difference of two, complete (S, P) tables."""
     n, p = min(map(len, arms)), arms[0].shape[1]
     if n == 0 or p == 0:
         return t_interval(NAN, [], n=0, level=level, note=note)
+    column_means = arms[0].mean(axis=0) - (arms[1].mean(axis=0) if len(arms) > 1 else 0.0)
     parts = [mean_part(table.mean(axis=1)) for table in arms]
     if p == 1:
         note = join("one prompt: holds for this prompt only", note)

@@ -61,8 +61,9 @@ def probability_better(
 
     Newcombe's method 5 (2006): with N = (m + n) / 2 - 1 and m, n seeds,
     V(t) = t (1 - t) (1 + N ((1 - t) / (2 - t) + t / (1 + t))) / (m n), and the bounds solve
-    |estimate - t| = z sqrt(V(t)). For R rewards V is the mean of the V_r over R: V is concave, so taking the common
-    t for all of them can only widen the interval. It stays inside [0, 1] and has a width at complete separation.
+    |estimate - t| = z sqrt(V(t)). For R rewards V is the mean of the V_r over R, at one common t. V is concave up to
+    five seeds and almost so beyond, so different t per reward would not give a wider interval. It stays inside [0, 1]
+    and has a width at complete separation.
 
     Args:
         a: (S,) seed values, or one array per reward.

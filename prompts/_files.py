@@ -78,6 +78,8 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[int, str]]:
 def _from_json(path: Path, line: int, text: str) -> _Entry:
     try:
         fields = json.loads(text, parse_constant=_refuse_constant)
+        # Half a surrogate pair and numbers beyond floats can be read, but not written again.
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise UserError(
             f'{path}, line {line}: not JSON ({error}); write one object a line, such as {{"text": "a fox"}}'

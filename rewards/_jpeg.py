@@ -69,8 +69,8 @@ def roundtrip(images_BCHW: Tensor, quality: int, rounding: Rounding) -> Tensor:
     Args:
         images_BCHW: Floating point, nominally in [0, 1]; values outside are coded as they are, without clamping.
         quality: IJG quality, 1 to 100.
-        rounding: Applied to coefficients in units of their quantiser step; `torch.round` is the real codec up to the
-            rounding of intermediate values to integers, `soft_round` lets a gradient through.
+        rounding: Applied to coefficients in units of their quantiser step; with `torch.round` the pixels are
+            the real codec's up to its integer arithmetic, `soft_round` lets a gradient through.
     """
     height, width = images_BCHW.shape[-2:]
     rgb = _continued(_continued(images_BCHW * 255, 2), 3)
@@ -78,7 +78,7 @@ def roundtrip(images_BCHW: Tensor, quality: int, rounding: Rounding) -> Tensor:
     y = RED * red + GREEN * green + BLUE * blue
     # Chroma is centred at 0 here and luma is shifted to be so; files store both shifted by 128.
     chroma = torch.stack([(blue - y) / (2 - 2 * BLUE), (red - y) / (2 - 2 * RED)], 1)
-    chroma = chroma.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
+    chroma = _tiled(chroma, 2).mean((3, 5))
 
     y = _quantised(y[:, None] - 128, quantisation_table(LUMINANCE, quality), rounding)[:, 0] + 128
     chroma = _quantised(chroma, quantisation_table(CHROMINANCE, quality), rounding)
@@ -109,6 +109,12 @@ def _continued(x: Tensor, dim: int) -> Tensor:
     return torch.cat([x, *[last] * missing], dim) if missing else x
 
 
+def _tiled(x: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) as tiles, (B, C, H / side, side, W / side, side)."""
+    batch, channels, height, width = x.shape
+    return x.reshape(batch, channels, height // side, side, width // side, side)
+
+
 def _doubled(x: Tensor, dim: int) -> Tensor:
     """Linear interpolation to twice the size between pixel centres: weights 3/4 and 1/4, edges repeated."""
     size = x.shape[dim]
@@ -121,7 +127,7 @@ def _quantised(x: Tensor, table: Tensor, rounding: Rounding) -> Tensor:
     """Through the quantised 8x8 DCT and back: (B, C, H, W) with H and W multiples of 8."""
     step = table.to(x)
     basis = _dct_matrix().to(x)
-    blocks = x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
+    blocks = _tiled(x, 8).transpose(3, 4)
     coefficients = rounding(basis @ blocks @ basis.T / step) * step
     return (basis.T @ coefficients @ basis).transpose(3, 4).flatten(4, 5).flatten(2, 3)
 

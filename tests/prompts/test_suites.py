@@ -1,0 +1,106 @@
+"""The shipped suites: pinned content, disjoint splits, names that the embedded model knows."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from harness.prompts import SPLITS, PromptSuite
+
+ROOT = Path(__file__).parents[2]
+VOCABULARY = json.loads((ROOT / "models" / "emoji" / "vocabulary.json").read_text(encoding="utf-8"))
+NAMES = {entry["name"]: entry for entry in VOCABULARY["names"]}
+# A change of a prompt, an id or a label changes the hash: then raise the suite's version, and pin both anew.
+PINNED = {
+    "activities": ("1", "871fc3b9c830bd092654b7e72bba0877871512109d7551e5029436ad86d830d0"),
+    "animals": ("1", "8c0004a538254ef539dcf198f08330ec2192c64f689e484f0c581c85af22f67a"),
+    "emoji-animals": ("1", "30d06ab243bee04d549cd2ff63aeb9983aa16074934920f907da5017459057c4"),
+    "emoji-animals-colours": ("1", "b8cb40cd3eed152060076c0817ec96dafba5d5bbc2ef0741b120cd9f3afa8650"),
+}
+SIZES = {
+    "activities": (135, 15, 18),
+    "animals": (45, 5, 6),
+    "emoji-animals": (42, 10, 32),
+    "emoji-animals-colours": (126, 9, 42),
+}
+
+
+def suite(name: str) -> PromptSuite:
+    """The suite of the file that carries its name."""
+    built: PromptSuite = importlib.import_module(f"prompts.{name.replace('-', '_')}").suite()
+    return built
+
+
+def test_every_suite_is_pinned() -> None:
+    """No file of the folder is left out of these tests."""
+    files = {path.stem.replace("_", "-") for path in (ROOT / "prompts").glob("[!_]*.py")}
+    assert files == set(PINNED) == set(SIZES)
+
+
+@pytest.mark.parametrize("name", sorted(PINNED))
+def test_content_is_pinned_to_the_version(name: str) -> None:
+    """Version and sha256 belong together, and the suite is named as its file."""
+    built = suite(name)
+    assert built.name == name
+    assert (built.version, built.sha256) == PINNED[name]
+    assert tuple(len(built.split(split)) for split in SPLITS) == SIZES[name]
+    assert built.licence
+
+
+@pytest.mark.parametrize("name", sorted(PINNED))
+def test_splits_are_disjoint_and_ids_name_files(name: str) -> None:
+    """No text and no id occurs twice, not even in different case."""
+    prompts = [prompt for split in SPLITS for prompt in suite(name).split(split)]
+    assert len({prompt.text.lower() for prompt in prompts}) == len(prompts)
+    assert len({prompt.id.lower() for prompt in prompts}) == len(prompts)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", prompt.id) for prompt in prompts)
+
+
+@pytest.mark.parametrize("name", sorted(PINNED))
+def test_no_animal_is_trained_on_and_held_out(name: str) -> None:
+    """Held-out animals are new to fine-tuning; where combinations are held out, each part is known."""
+    built = suite(name)
+    training, held_out = ({p.metadata["object"] for p in split} for split in (built.training, built.held_out))
+    if name == "emoji-animals-colours":
+        assert held_out == training
+        assert {p.metadata["colour"] for p in built.held_out} == {p.metadata["colour"] for p in built.training}
+    else:
+        assert not held_out & training
+
+
+@pytest.mark.parametrize("name", ["emoji-animals", "emoji-animals-colours"])
+def test_emoji_prompts_speak_the_models_language(name: str) -> None:
+    """Every object has sprites in all three styles and its caption's article; every colour is in the vocabulary."""
+    for split in SPLITS:
+        for prompt in suite(name).split(split):
+            entry = NAMES[prompt.metadata["object"]]
+            assert entry["animal"]
+            assert all(count > 0 for count in entry["sprites"].values())
+            text = f"{entry['article']} {entry['name']}"
+            if colour := prompt.metadata.get("colour"):
+                assert colour in VOCABULARY["colours"]
+                text += f" on {'an' if colour == 'orange' else 'a'} {colour} background"
+            assert prompt.text == text
+
+
+def test_colours_are_trained_on_equally_often() -> None:
+    """Each of the 12 colours occurs 10 or 11 times in training, 3 or 4 times held out, each animal 3 and 1 times."""
+    built = suite("emoji-animals-colours")
+    for split, counts in ((built.training, {10, 11}), (built.held_out, {3, 4})):
+        colours = [prompt.metadata["colour"] for prompt in split]
+        assert set(colours) == set(VOCABULARY["colours"])
+        assert {colours.count(colour) for colour in set(colours)} == counts
+        objects = [prompt.metadata["object"] for prompt in split]
+        assert {objects.count(name) for name in objects} == {len(split) // 42}
+
+
+def test_the_papers_lists_are_complete() -> None:
+    """45 simple animals as bare words, the six held-out ones, and the three activities with their article."""
+    animals, activities = suite("animals"), suite("activities")
+    assert {"cat", "squirrel", "bee", "camel", "kangaroo"} < {prompt.text for prompt in animals.training}
+    expected = {"snail", "hippopotamus", "cheetah", "crocodile", "lobster", "octopus"}
+    assert {prompt.text for prompt in animals.held_out} == expected
+    texts = {prompt.text for prompt in activities.training + activities.held_out}
+    assert {"an ant riding a bike", "a llama playing chess", "an octopus washing the dishes"} <= texts

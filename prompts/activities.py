@@ -21,12 +21,17 @@ def suite() -> PromptSuite:
 
 
 def _prompts(names: tuple[str, ...]) -> tuple[Prompt, ...]:
+    """Every animal once, with the activities in turn, then all again with the next: a part of the list is balanced."""
+    pairs = [
+        (name, ACTIVITIES[(place + turn) % len(ACTIVITIES)])
+        for turn in range(len(ACTIVITIES))
+        for place, name in enumerate(names)
+    ]
     return tuple(
         Prompt(
             _animals.slug(f"{name} {activity}"),
             f"{_animals.with_article(name)} {activity}",
             {"object": name, "activity": activity},
         )
-        for name in names
-        for activity in ACTIVITIES
+        for name, activity in pairs
     )

@@ -16,13 +16,14 @@ def suite() -> PromptSuite:
 
     The i-th of the 42 animals trains with the colours i, i+4 and i+8 (modulo 12), is held out with colour i+2, and
     every fifth validates with colour i+6: every animal and colour is trained on, no held-out combination is.
+    Each animal comes once before any comes again, so that a part of the list is balanced.
     """
     animals = tuple(name for name in _animals.SIMPLE if name not in _animals.WITHOUT_EMOJI)
     places = range(len(animals))
     return PromptSuite(
         name="emoji-animals-colours",
         version="1",
-        training=tuple(_prompt(animals[i], i + offset) for i in places for offset in (0, 4, 8)),
+        training=tuple(_prompt(animals[i], i + offset) for offset in (0, 4, 8) for i in places),
         validation=tuple(_prompt(animals[i], i + 6) for i in places[::5]),
         held_out=tuple(_prompt(animals[i], i + 2) for i in places),
         licence=_animals.LICENCE,

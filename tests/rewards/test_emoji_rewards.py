@@ -187,3 +187,13 @@ def test_missing_weights_name_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(_emoji, "EMOJI", tmp_path)
     with pytest.raises(UserError, match=r"style3d lacks config\.json and model\.safetensors: restore"):
         _emoji.load("style3d", CPU)
+
+
+@pytest.mark.parametrize("text", ["", " ", "a fox " * 2000, "\U0001f98a", "<|endoftext|> fox", "Änderung 狐", "a\x00b"])
+def test_any_text_has_a_score(rewards: dict[type[Reward], Reward], pictures: Tensor, text: str) -> None:
+    """Empty, endless, foreign and odd texts give a finite score, the same a second time."""
+    for kind in (EmojiClip, EmojiClipHeldout):
+        first = rewards[kind](pictures[:2], [Prompt("p", text)] * 2)
+        assert first.isfinite().all()
+        assert bool((first.abs() <= 100.001).all())
+        assert torch.equal(first, rewards[kind](pictures[:2], [Prompt("q", text)] * 2))

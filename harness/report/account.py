@@ -1,0 +1,248 @@
+"""Tables about the run itself: costs, inventory, hyper-parameters, rewards, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness.report import formatting as f
+from harness.report.analysis import Analysis
+from harness.report.records import Cell, Run
+from harness.report.tables import Table
+from harness.stats.intervals import clopper_pearson
+
+ROWS = ("forward_rows", "gradient_rows", "recomputed_rows", "backward_rows")
+TIMES = ("iterations", "train_seconds", "evaluate_seconds", "peak_memory_mib", "seconds_per_query")
+COSTS = ("queries", "reward_gradients", *ROWS, "decodes")
+STATES = ("completed", "diverged", "crashed", "running", "planned")
+UNKNOWN = "unknown"
+EXPECTED = ("git", "versions", "hardware", "command")
+
+
+def costs(analysis: Analysis) -> Table:
+    """T5: what a cell of each method spent on training."""
+    headers = (
+        *(
+            "method",
+            "reward queries",
+            "reward gradients",
+            "denoiser rows",
+            "forward / with gradient / recomputed / backward",
+        ),
+        *("decodes", "training time (s)", "peak memory (MiB)"),
+    )
+    records = [cost_row(cell) for cell in analysis.run.cells if cell.counts]
+    data = pd.DataFrame(records, columns=["cell", "arm", "training_reward", "seed", *COSTS, *TIMES])
+    rows = []
+    for arm in analysis.run.arms:
+        mine = data[data["arm"] == arm]
+        mean = {name: float(mine[name].mean()) if len(mine) else float("nan") for name in COSTS}
+        seconds = [float(x) for x in mine["train_seconds"]]
+        each = _ratio(float(mine["train_seconds"].mean()), mean["queries"]) if len(mine) else float("nan")
+        rows.append(
+            (
+                f"**{f.markdown(arm)}**",
+                f.count(mean["queries"]),
+                f.count(mean["reward_gradients"]),
+                f.count(sum(mean[name] for name in ROWS)),
+                " / ".join(f.count(mean[name]) for name in ROWS),
+                f.count(mean["decodes"]),
+                f"{f.spread(seconds)}; {f.significant(each)} a query",
+                f.spread([float(x) for x in mine["peak_memory_mib"]]),
+            )
+        )
+    note = (
+        "Means over cells, training only (smallest–largest in parentheses). A query is one picture scored by one "
+        "component reward; a denoiser row is one latent through the denoiser, guidance counting two."
+    )
+    return Table("table-costs", headers, tuple(rows), data, note)
+
+
+def cost_row(cell: Cell) -> dict[str, object]:
+    """One cell's meter as numbers; NaN where it was not recorded."""
+    status = cell.status
+    spent = {name: _number(status.get("cost", {}).get(name)) for name in COSTS}
+    train = _number(status.get("seconds", {}).get("train"))
+    return {
+        "cell": cell.name,
+        "arm": cell.arm,
+        "training_reward": cell.reward,
+        "seed": cell.seed,
+        **spent,
+        "iterations": _number(status.get("iterations")),
+        "train_seconds": train,
+        "evaluate_seconds": _number(status.get("seconds", {}).get("evaluate")),
+        "peak_memory_mib": _number(status.get("peak_memory_mib")),
+        "seconds_per_query": _ratio(train, spent["queries"]),
+    }
+
+
+def inventory(run: Run) -> Table:
+    """T6: how many cells of each arm were planned and how they ended."""
+    headers = (
+        "method",
+        "planned",
+        "completed",
+        "diverged",
+        "crashed",
+        "unfinished",
+        "rate of divergence, 95 % interval",
+    )
+    rows, data = [], []
+    for arm in run.arms:
+        cells = [cell for cell in run.cells if cell.arm == arm]
+        number = {state: sum(cell.state == state for cell in cells) for state in STATES}
+        finished = number["completed"] + number["diverged"]
+        rate = clopper_pearson(number["diverged"], finished)
+        unfinished = len(cells) - finished - number["crashed"]
+        text = f"{f.fixed(100 * rate.estimate, 0)} % [{f.fixed(100 * rate.low, 0)}, {f.fixed(100 * rate.high, 0)}]"
+        counts = (len(cells), number["completed"], number["diverged"], number["crashed"], unfinished)
+        rows.append((f"**{f.markdown(arm)}**", *map(str, counts), text if finished else f.DASH))
+        data.append(dict(zip(("arm", *headers[1:6]), (arm, *counts), strict=True)))
+    note = "Every planned cell is in this table. Diverged cells count in all results with their last finite checkpoint."
+    return Table("table-inventory", headers, tuple(rows), pd.DataFrame(data), note)
+
+
+def cells(run: Run) -> Table:
+    """Appendix of T6: one row per cell."""
+    headers = ("cell", "state", "reason", "iterations", "training time (s)", "finished (UTC)")
+    every = [run.base, *run.cells]
+    rows = [
+        (
+            f.markdown(cell.name),
+            cell.state if cell.state != "planned" else "not started",
+            f.markdown(cell.reason) or f.DASH,
+            f.count(_number(cell.status.get("iterations"))),
+            f.significant(_number(cell.status.get("seconds", {}).get("train"))),
+            f.markdown(cell.status.get("finished") or f.DASH),
+        )
+        for cell in every
+    ]
+    data = pd.DataFrame([{"cell": c.name, "state": c.state, "reason": c.reason} for c in every])
+    return Table("table-cells", headers, tuple(rows), data)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value} if prefix else {}
+    result: dict[str, Any] = {}
+    for key in value:
+        result |= flatten(value[key], f"{prefix}.{key}" if prefix else str(key))
+    return result
+
+
+def hyperparameters(run: Run) -> list[Table]:
+    """T7: one table per arm; what differs from the defaults because the user said so is bold."""
+    tables = []
+    for i, arm in enumerate(run.plan["arms"]):
+        passed = flatten(arm.get("overrides", {}))
+        values = flatten(arm.get("config", {})) | {
+            k: v for k, v in passed.items() if k not in flatten(arm.get("config", {}))
+        }
+        tables.append(_fields(f"table-parameters-{i + 1}", str(arm["label"]), values, set(passed)))
+    return tables
+
+
+def settings(run: Run) -> Table:
+    """T7 for the run: everything that holds for all arms."""
+    passed = set(flatten(run.plan.get("passed", {})))
+    return _fields("table-settings", "run", flatten(run.plan.get("config", {})), passed)
+
+
+def _fields(name: str, owner: str, values: Mapping[str, Any], passed: set[str]) -> Table:
+    keys = sorted(values)
+    rows = tuple(
+        (
+            f.markdown(key),
+            f"**{f.markdown(f.value_text(values[key]))}**" if key in passed else f.markdown(f.value_text(values[key])),
+            "set" if key in passed else "default",
+        )
+        for key in keys
+    )
+    data = [
+        {"owner": owner, "field": key, "value": f.value_text(values[key]), "set_by_user": key in passed} for key in keys
+    ]
+    columns = ["owner", "field", "value", "set_by_user"]
+    return Table(name, ("field", "value", "origin"), rows, pd.DataFrame(data, columns=columns))
+
+
+def glossary(analysis: Analysis) -> Table:
+    """T8: what each evaluation reward measures."""
+    headers = ("metric", "role", "unit", "differentiable", "version", "base mean", "base SD", "description")
+    rows, data = [], []
+    for info in analysis.run.rewards:
+        scores = analysis.gains.base_scores(info.name, "held-out")
+        mean = float(scores.means[0]) if len(scores.seeds) else float("nan")
+        sd = analysis.gains.sd(info.name)
+        trained = info.name in analysis.run.training_rewards
+        role = f"{info.role}, trained on" if trained else info.role
+        rows.append(
+            (
+                f.markdown(info.name),
+                role,
+                f.markdown(info.unit),
+                "yes" if info.differentiable else "no",
+                f.markdown(info.version),
+                f.significant(mean),
+                f.significant(sd),
+                f.markdown(info.description) or f.DASH,
+            )
+        )
+        record = {"metric": info.name, "role": info.role, "unit": info.unit, "version": info.version}
+        data.append(record | {"base_mean": mean, "base_sd": sd, "prompts": scores.prompts_scored})
+    note = (
+        "Larger is better for all. Proxy: may be trained on; held-out: another measure of the same; gold: the truth "
+        "as well as it can be measured."
+    )
+    return Table("table-metrics", headers, tuple(rows), pd.DataFrame(data), note)
+
+
+def provenance(run: Run) -> Table:
+    """Where the numbers come from; what was not recorded is `unknown`."""
+    known = flatten(run.provenance)
+    model, suite = run.plan.get("model", {}), run.plan.get("suite", {})
+    fixed = {
+        "run": run.plan.get("name"),
+        "schema of records": run.plan.get("schema"),
+        "data from": _span(run)[0],
+        "data until": _span(run)[1],
+        "model": _text(model.get("name")),
+        "model fingerprint": model.get("fingerprint"),
+        "suite": f"{_text(suite.get('name'))}, version {_text(suite.get('version'))}",
+        "suite sha256": suite.get("sha256"),
+    }
+    for stem in EXPECTED:
+        if not any(key.startswith(stem) for key in known):
+            fixed[stem] = None
+    pairs = [*fixed.items(), *sorted(known.items())]
+    rows = tuple((f.markdown(key), f.markdown(_text(value))) for key, value in pairs)
+    data = pd.DataFrame([{"field": key, "value": _text(value)} for key, value in pairs])
+    return Table("table-provenance", ("what", "value"), rows, data)
+
+
+def _span(run: Run) -> tuple[str | None, str | None]:
+    every = [run.base, *run.cells]
+    starts = sorted(str(cell.status["started"]) for cell in every if cell.status.get("started"))
+    ends = sorted(str(cell.status["finished"]) for cell in every if cell.status.get("finished"))
+    return (starts[0] if starts else None, ends[-1] if ends else None)
+
+
+def data_date(run: Run) -> str:
+    """The day on which the last cell finished."""
+    return (_span(run)[1] or UNKNOWN)[:10]
+
+
+def _text(value: Any) -> str:
+    return UNKNOWN if value is None or value == "" else f.value_text(value)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")
+
+
+def _ratio(top: float, bottom: float) -> float:
+    return top / bottom if np.isfinite(bottom) and bottom > 0 else float("nan")

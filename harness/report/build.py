@@ -1,0 +1,211 @@
+"""`build_report`: a report as a pure function of a run directory."""
+
+from __future__ import annotations
+
+import html
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from harness.report import account, narrative, tables
+from harness.report import formatting as f
+from harness.report.analysis import Analysis, analyse
+from harness.report.captions import Drawn
+from harness.report.figures import Figures, draw
+from harness.report.records import load_run
+from harness.report.style import drawing, write_figure
+from harness.report.tables import Table
+
+TEMPLATES = Path(__file__).parent / "templates"
+REPORT = "report.md"
+
+
+def build_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write `report.md` with its figures and tables; replaces an older report as a whole.
+
+    The same records give the same bytes: no clock, no absolute path, no random number enters.
+
+    Args:
+        run_dir: The run's directory, complete or partial.
+        out: Where the report's files go; `run_dir/report` unless told.
+
+    Returns:
+        Path of `report.md`.
+
+    Raises:
+        UserError: if `run_dir` holds no run of this schema.
+    """
+    target = out if out is not None else run_dir / "report"
+    analysis = analyse(load_run(run_dir))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(analysis, partial)
+        _replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target / REPORT
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Put a complete folder in the place of an older one."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(analysis: Analysis, folder: Path) -> None:
+    with drawing():
+        figures = draw(analysis)
+        for figure in figures.every:
+            write_figure(figure.figure, folder / figure.name, vector=figure.vector)
+            _csv(figure.data, folder / f"{figure.name}.csv")
+    content = _content(analysis, figures)
+    for table in _tables_in(content):
+        _csv(table.data, folder / f"{table.name}.csv")
+    text = _environment().get_template("report.md.j2").render(content)
+    (folder / REPORT).write_text(_tidy(text), encoding="utf-8")
+
+
+def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
+    """Everything that the template shows."""
+    run = analysis.run
+    scored = [reward for reward in run.training_rewards if reward in analysis.rewards]
+    by_reward = dict(zip(figures.pictured, figures.pictures, strict=True))
+    sections = [
+        {
+            "title": f"Trained on {f.markdown(reward)}",
+            "results": tables.rewards_by_method(analysis, reward),
+            "pairs": tables.pairwise(analysis, reward),
+            "pictures": by_reward.get(reward) if by_reward and reward != figures.pictured[0] else None,
+        }
+        for reward in scored
+    ]
+    warnings = [line for line in narrative.over_optimisation(analysis) if "**fell**" in line]
+    every = [judgement for found in analysis.secondary.values() for judgement in found]
+    return {
+        "title": f.markdown(_title(analysis)),
+        "scope": narrative.scope(analysis),
+        "incomplete": narrative.completeness(run),
+        "lead": narrative.lead(analysis),
+        "verdicts": narrative.verdicts(analysis),
+        "outcomes_lead": "Against the base model, on the same prompts and latents:",
+        "outcomes": narrative.outcomes(analysis),
+        "warnings": warnings,
+        "pictures": figures.pictures,
+        "headline": tables.headline(analysis),
+        "comparisons": tables.comparisons(analysis.primary),
+        "reference": f.markdown(run.reference),
+        "forest": figures.forest,
+        "how_to_read": narrative.how_to_read(analysis),
+        "sections": sections,
+        "curves": figures.curves,
+        "matrix": figures.matrix,
+        "generalisation": tables.generalisation(analysis),
+        "matrices": [(f.markdown(arm), tables.matrix_table(analysis, arm)) for arm in run.arms],
+        "over_optimisation": narrative.over_optimisation(analysis),
+        "diversity": narrative.diversity(analysis),
+        "tradeoffs": figures.tradeoffs,
+        "costs": account.costs(analysis),
+        "arms": _arms(analysis),
+        "settings": account.settings(run),
+        "glossary": account.glossary(analysis),
+        "threats": narrative.threats(analysis),
+        "provenance": account.provenance(run),
+        "inventory": account.inventory(run),
+        "cells": account.cells(run),
+        "raw": tables.raw_p([*analysis.primary, *every]),
+    }
+
+
+def _title(analysis: Analysis) -> str:
+    run = analysis.run
+    rewards = f.joined(list(run.training_rewards))
+    return f"{' vs '.join(run.arms)} on {rewards} ({run.name}, data of {account.data_date(run)})"
+
+
+def _arms(analysis: Analysis) -> list[dict[str, object]]:
+    result = []
+    for arm, table in zip(analysis.run.plan["arms"], account.hyperparameters(analysis.run), strict=True):
+        number = sum(row[-1] == "set" for row in table.rows)
+        gradient = "uses" if arm.get("needs_reward_gradient") else "does not use"
+        method, version = arm.get("method", "unknown"), arm.get("version", "unknown")
+        about = f"Method {method}, version {version}; {gradient} reward gradients."
+        result.append(
+            {
+                "label": f.markdown(arm["label"]),
+                "description": f"{f.markdown(arm.get('description', ''))} {f.markdown(about)}".strip(),
+                "summary": f"{f.plural(len(table.rows), 'hyper-parameter')}, {number} set by the user",
+                "table": table,
+            }
+        )
+    return result
+
+
+def _tables_in(content: dict[str, Any]) -> list[Table]:
+    """Every table with a name, wherever it stands."""
+    found: dict[str, Table] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, Table) and value.name:
+            found[value.name] = value
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+
+    visit(content)
+    return [found[name] for name in sorted(found)]
+
+
+def _environment() -> jinja2.Environment:
+    """Texts are escaped where they are made."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["figure"] = _figure_text
+    environment.filters["table"] = _table_text
+    environment.filters["bullets"] = _bullets
+    return environment
+
+
+def _figure_text(figure: Drawn) -> str:
+    """Picture, title, caption and the files behind it."""
+    alt = html.escape(" ".join(figure.alt.split()), quote=True)
+    files = [f"{figure.name}.csv"] + [f"{figure.name}.svg"] * figure.vector
+    links = " · ".join(f"[{file}]({file})" for file in files)
+    image = f'<img src="{figure.name}.png" width="{figure.width}" alt="{alt}">'
+    return f"{image}\n\n**{f.markdown(figure.title)}.** {f.markdown(figure.caption)} Data: {links}"
+
+
+def _table_text(table: Table) -> str:
+    """The table, its note and its file."""
+    data = f"Data: [{table.name}.csv]({table.name}.csv)" if table.name else ""
+    return f"{table.markdown}\n\n{' '.join(part for part in (table.note, data) if part)}"
+
+
+def _bullets(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _csv(data: pd.DataFrame, path: Path) -> None:
+    data.to_csv(path, index=False, lineterminator="\n")
+
+
+def _tidy(text: str) -> str:
+    """At most one empty line in a row, one newline at the end."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.strip() or (lines and lines[-1]):
+            lines.append(line.rstrip())
+    return "\n".join(lines).strip() + "\n"

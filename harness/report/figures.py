@@ -1,0 +1,52 @@
+"""All figures of a report, and their file names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.report.analysis import Analysis
+from harness.report.captions import Drawn
+from harness.report.forest import forest
+from harness.report.heatmap import heatmap
+from harness.report.learning_curves import learning_curves
+from harness.report.pictures import picture_grid
+from harness.report.tradeoffs import tradeoffs
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """What could be drawn; None where records have nothing for it.
+
+    Attributes:
+        pictures: One grid per training reward with pictures. ``pictured``: these rewards.
+    """
+
+    forest: Drawn
+    curves: Drawn | None
+    matrix: Drawn | None
+    tradeoffs: Drawn | None
+    pictures: tuple[Drawn, ...]
+    pictured: tuple[str, ...]
+
+    @property
+    def every(self) -> tuple[Drawn, ...]:
+        """All figures there are."""
+        single = (self.forest, self.curves, self.matrix, self.tradeoffs)
+        return (*(figure for figure in single if figure is not None), *self.pictures)
+
+
+def draw(analysis: Analysis) -> Figures:
+    """Draw everything; to be called inside `style.drawing`."""
+    rewards = analysis.run.training_rewards
+    grids = {
+        reward: picture_grid(analysis, reward, f"fig-05-pictures-{index}") for index, reward in enumerate(rewards, 1)
+    }
+    kept = {reward: grid for reward, grid in grids.items() if grid is not None}
+    return Figures(
+        forest(analysis, "fig-01-forest"),
+        learning_curves(analysis, "fig-02-curves"),
+        heatmap(analysis, "fig-03-generalisation"),
+        tradeoffs(analysis, "fig-04-tradeoffs"),
+        tuple(kept.values()),
+        tuple(kept),
+    )

@@ -1,0 +1,264 @@
+"""Sentences of the report: computed from judgements and intervals, and never saying more than these do.
+
+All sentences are Markdown; names from records are escaped.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from harness.report import formatting as f
+from harness.report.analysis import DIVERSITY, Analysis, held_out_name
+from harness.report.heatmap import base_correlations
+from harness.report.records import Run
+from harness.stats.intervals import Interval, seed_t
+
+ALPHA = 0.05
+
+
+def scope(analysis: Analysis) -> str:
+    """What all the numbers are about, in one sentence."""
+    run = analysis.run
+    suite, model, budget = run.plan.get("suite", {}), run.plan.get("model", {}), run.plan.get("budget", {})
+    seeds = run.plan.get("seeds", [])
+    rewards = f.joined([f"`{_code(reward)}`" for reward in run.training_rewards])
+    arms = f.joined([f"**{f.markdown(arm)}**" for arm in run.arms])
+    spent = f"{f.count(float(budget['amount']))} {f.markdown(budget.get('unit', ''))}" if "amount" in budget else "one"
+    return (
+        f"{arms} fine-tune the model {f.markdown(model.get('name', 'unknown'))} on {rewards} with a budget of {spent} "
+        f"each, {f.plural(len(seeds), 'training seed')}, and are scored on the "
+        f"{f.plural(len(run.prompts('held-out')), 'held-out prompt')} of {f.markdown(suite.get('name', 'unknown'))}."
+    )
+
+
+def lead(analysis: Analysis) -> str:
+    """What the verdicts compare."""
+    budget = analysis.run.plan.get("budget", {}).get("unit", "budget")
+    names = [f.markdown(reward) for reward in analysis.run.training_rewards]
+    what = names[0] if len(names) == 1 else f"the training reward, averaged over {f.joined(names)}"
+    unit = "reward queries" if budget == "queries" else f.markdown(budget)
+    return f"At equal {unit}, by the gain on {what} on prompts that no method trained on:"
+
+
+def verdicts(analysis: Analysis) -> list[str]:
+    """One sentence per primary comparison."""
+    if not analysis.primary:
+        return ["Only one method was run: there is nothing to compare it with."]
+    return [f.markdown(judgement.sentence) for judgement in analysis.primary]
+
+
+def outcomes(analysis: Analysis) -> list[str]:
+    """One sentence per method: its gain over the base model, and what stands beside it."""
+    rewards = [reward for reward in analysis.run.training_rewards if reward in analysis.rewards]
+    if not rewards:
+        return ["The training rewards were not among the evaluation rewards: no gain can be stated."]
+    target = f.markdown(rewards[0]) if len(rewards) == 1 else f"its training reward, mean of {len(rewards)} rewards"
+    result = []
+    for arm in analysis.run.arms:
+        gain = analysis.pooled(arm, [(reward, reward) for reward in rewards])
+        text = f"**{f.markdown(arm)}**: {f.estimate(gain)} base SD over the base model on {target}{_side(gain)}"
+        witnesses = [(reward, name) for reward in rewards if (name := held_out_name(analysis, reward))]
+        if witnesses:
+            text += f"; on the held-out measure {f.estimate(analysis.pooled(arm, witnesses))}"
+        for name in analysis.gold():
+            interval = analysis.pooled(arm, [(reward, name) for reward in rewards], standardise=False)
+            base = f.significant(analysis.final(arm, rewards[0], name).base_mean)
+            text += f"; {f.markdown(name)} (gold, base {base}) {f.estimate(interval)}"
+        result.append(text + ".")
+    return result
+
+
+def _side(interval: Interval) -> str:
+    if not np.isfinite(interval.half_width):
+        return ""
+    if interval.low > 0:
+        return " (interval above 0)"
+    return " (interval below 0)" if interval.high < 0 else " (interval includes 0)"
+
+
+def over_optimisation(analysis: Analysis) -> list[str]:
+    """For every method and training reward: did held-out and gold measures fall while the proxy rose?"""
+    result = []
+    for reward in analysis.run.training_rewards:
+        for arm in analysis.run.arms:
+            text = _witnessed(analysis, arm, reward)
+            if text:
+                result.append(text)
+    return result
+
+
+def _witnessed(analysis: Analysis, arm: str, reward: str) -> str:
+    witnesses = analysis.witnesses(reward)
+    if reward not in analysis.rewards or not witnesses:
+        return ""
+    matrix = analysis.matrices[arm]
+    i = matrix.rows.index(reward)
+    proxy = matrix.cells[i][matrix.columns.index(reward)]
+    rose = proxy.low > 0
+    fell, held, rest = [], [], []
+    for name in witnesses:
+        j = matrix.columns.index(name)
+        gain = analysis.final(arm, reward, name)
+        role = analysis.rewards[name].role
+        numbers = f"({role}; {f.estimate(gain.interval)} from {f.significant(gain.base_mean)})"
+        p = float(matrix.adjusted_p[i, j])
+        if p < ALPHA and gain.interval.estimate < 0:
+            fell.append(f"{f.markdown(name)} **fell** {numbers}")
+        elif p < ALPHA:
+            held.append(f"{f.markdown(name)} rose {numbers}")
+        elif np.isfinite(gain.interval.estimate):
+            rest.append(f"{f.markdown(name)} {numbers}")
+    parts = fell + held + ([f"after adjustment no change was shown in {f.joined(rest)}"] if rest else [])
+    if not parts:
+        return ""
+    start = f"**{f.markdown(arm)}** trained on {f.markdown(reward)}: "
+    start += f"while the training reward rose ({f.estimate(proxy)} base SD), " if rose else ""
+    start += "" if rose else f"no rise of the training reward was shown ({f.estimate(proxy)} base SD); "
+    warning = " Part of the reward was gained at the expense of what it stands for." if fell and rose else ""
+    return f"{start}{'; '.join(parts)}.{warning}"
+
+
+def diversity(analysis: Analysis) -> list[str]:
+    """How the diversity within prompts changed."""
+    base = analysis.gains.base_metric(DIVERSITY)
+    if not np.isfinite(base):
+        return []
+    result = []
+    for reward in analysis.run.training_rewards:
+        found = [
+            f"{f.markdown(arm)} {f.estimate(seed_t(analysis.diversity(arm, reward)), sign=False)}"
+            for arm in analysis.run.arms
+        ]
+        result.append(
+            f"Vendi score after training on {f.markdown(reward)} (base model {f.fixed(base, 2)}): {f.joined(found)}."
+        )
+    return result
+
+
+def completeness(run: Run) -> str:
+    """What is missing of the plan; empty for a complete run without divergence."""
+    states = [cell.state for cell in run.cells]
+    done, diverged, crashed = (states.count(state) for state in ("completed", "diverged", "crashed"))
+    unfinished = len(states) - done - diverged - crashed
+    if done == len(states) and run.base.counts:
+        return ""
+    parts = [f"{done} of {len(states)} planned cells are complete"]
+    parts += [f"{diverged} diverged (counted with their last finite checkpoint)"] * bool(diverged)
+    parts += [f"{crashed} crashed and must be run again"] * bool(crashed)
+    parts += [f"{f.plural(unfinished, 'cell')} not finished"] * bool(unfinished)
+    parts += ["the base model is not scored yet, so that there are no gains"] * (not run.base.counts)
+    return f"{'; '.join(parts)}."
+
+
+def threats(analysis: Analysis) -> list[str]:
+    """What limits the conclusions, as far as the records tell."""
+    run = analysis.run
+    seeds = len(run.plan.get("seeds", []))
+    found = []
+    if seeds < 6:
+        found.append(
+            f"{f.plural(seeds, 'training seed')} for each method: rare failures stay unseen (a run that fails one time "
+            f"in ten is missed with probability {0.9**seeds:.2f}), and spreads over seeds are rough."
+        )
+    floors = [j.smallest_adjusted_p for j in analysis.primary if j.smallest_adjusted_p > 0]
+    if floors:
+        least = max(floors)
+        over = "which exceeds .05: no difference can be claimed, however large" if least > ALPHA else "at these seeds"
+        found.append(f"The smallest adjusted p that the primary test can give is {f.p_value(least)}, {over}.")
+    completed = completeness(run)
+    if completed:
+        found.append(f"{completed[0].upper()}{completed[1:]}")
+    found.append(_model(run))
+    found.append(
+        "Intervals hold for this prompt suite and these rewards; other prompts, rewards or budgets may order the "
+        "methods differently."
+    )
+    found += _correlated(analysis)
+    if analysis.gains.one_latent:
+        found.append(
+            "Each prompt was scored with a single latent: the base SD is the spread over all pictures of the base "
+            "model, prompts included, and standardised gains are smaller than with several latents."
+        )
+    found += _partial_gold(analysis)
+    own = [str(arm["label"]) for arm in run.plan["arms"] if any("sampler" in key for key in arm.get("overrides", {}))]
+    if own:
+        found.append(f"{f.joined([f.markdown(a) for a in own])} changed the sampler, which the other methods did not.")
+    found.append(
+        "Methods share prompts and initial latents at equal seeds, so seed means may be positively correlated; the "
+        "tests ignore this, which makes them conservative."
+    )
+    found.append("Seconds and memory depend on the machine and on what else ran on it; queries and rows do not.")
+    return found
+
+
+def _model(run: Run) -> str:
+    model = run.plan.get("model", {})
+    size = model.get("parameters")
+    text = f"One model only ({f.markdown(model.get('name', 'unknown'))}"
+    if not isinstance(size, (int, float)):
+        return text + "): what holds for it may not hold for others."
+    text += f", {f.significant(size / 1e6, 2)} million parameters)"
+    return text + (": a small one; larger models may behave differently." if size < 2e8 else ": others may differ.")
+
+
+def _correlated(analysis: Analysis) -> list[str]:
+    names = list(analysis.rewards)
+    table = base_correlations(analysis)
+    pairs = [
+        f"{f.markdown(names[i])} and {f.markdown(names[j])} ({f.fixed(float(table[i, j]), 2)})"
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+        if abs(table[i, j]) >= 0.5
+        and (names[i] in analysis.run.training_rewards or names[j] in analysis.run.training_rewards)
+    ]
+    if not pairs:
+        return []
+    return [f"Correlated over base pictures, so that a gain on one is partly a gain on the other: {f.joined(pairs)}."]
+
+
+def _partial_gold(analysis: Analysis) -> list[str]:
+    run = analysis.run
+    total = len(run.prompts("held-out"))
+    result = []
+    for name in analysis.gold():
+        scored = analysis.gains.base_scores(name, "held-out").prompts_scored
+        if scored < total:
+            result.append(
+                f"{f.markdown(name)} applies to {scored} of {total} held-out prompts; missing elsewhere, not zero."
+            )
+    return result
+
+
+def how_to_read(analysis: Analysis) -> list[str]:
+    """Five lines about units, intervals and families."""
+    run = analysis.run
+    held_out = [analysis.final(arm, reward) for arm in run.arms for reward in run.training_rewards]
+    prompts = max((gain.prompts for gain in held_out), default=0)
+    pictures = max((gain.pictures for gain in held_out), default=0)
+    pairs = sum(map(len, analysis.secondary.values()))
+    spread = "over prompts and latents" if analysis.gains.one_latent else "within a prompt"
+    unit = (
+        f"**Unit of replication**: the training seed. Pictures ({pictures} a seed) are averaged within prompts and "
+        f"prompts ({prompts}) within a seed before anything is inferred."
+    )
+    gain = (
+        "**Gain**: score minus the base model's score for the same prompt and initial latent, on prompts never trained "
+        f"on. A *base SD* is the spread of the base model's pictures {spread}."
+    )
+    families = (
+        f"**Verdicts**: primary family of {f.plural(len(analysis.primary), 'comparison')} with the reference "
+        f"{f.markdown(run.reference)} (exact permutation test), secondary family of {f.plural(pairs, 'pair')} (Welch), "
+        "both adjusted by Holm; everything else is exploratory. *Better* and *worse* need adjusted p < .05 and an "
+        "interval of P(better) that excludes one half."
+    )
+    absence = (
+        "**Not separated** does not mean equal: the difference that 80 % power needs stands beside it. *Equivalent* "
+        "means a difference within ±0.1 base SD was shown."
+    )
+    interval = "**[a, b]**: 95 % Student t interval over seeds, for this suite, not adjusted for several comparisons."
+    return [unit, gain, interval, families, absence]
+
+
+def _code(text: str) -> str:
+    """Text for a code span: no backticks, one line."""
+    return " ".join(text.replace("`", "'").split())

@@ -1,0 +1,156 @@
+"""F9: what the numbers look like: one prompt and latent down each column, the base model first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from harness.report.analysis import Analysis
+from harness.report.captions import Drawn
+from harness.report.formatting import fixed, joined
+from harness.report.records import BASE, FINAL
+from harness.report.style import DPI, GREY, PALE, looks
+
+PROMPTS = 8
+TILE, GAP = 192, 8
+LEFT, TOP, UNDER = 150, 62, 22
+LABEL_WIDTH = 26
+COLUMNS = ("arm", "seed", "prompt_id", "prompt", "noise_id", "training_reward", "score", "picture")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the grid: which cell's pictures."""
+
+    arm: str
+    cell: str
+    seed: int
+
+
+def picture_grid(analysis: Analysis, training_reward: str, name: str) -> Drawn | None:
+    """Base and every arm on the first held-out prompts of the suite; None where no picture was kept."""
+    run = analysis.run
+    prompts = run.prompts("held-out")[:PROMPTS]
+    lines = [Line(BASE, run.base.name, -1)]
+    for arm in run.arms:
+        seed = median_seed(analysis, arm, training_reward)
+        cells = {cell.seed: cell.name for cell in run.cells_of(arm, training_reward)}
+        if seed is not None:
+            lines.append(Line(arm, cells[seed], seed))
+    scores = run.scores[(run.scores["point"] == FINAL) & (run.scores["reward"] == training_reward)]
+    scores = scores[scores["variant"] == "default"]
+    rows = [_row(analysis, line, prompt, training_reward, scores) for line in lines for prompt in prompts]
+    data = pd.DataFrame(rows, columns=list(COLUMNS))
+    if not any((run.folder / str(path)).is_file() for path in data["picture"] if path):
+        return None
+    figure = _draw(analysis, lines, list(prompts), data)
+    seeds = joined([f"{line.arm}: seed {line.seed}" for line in lines[1:]])
+    caption = (
+        f"Pictures for the same prompt and initial latent down each column; under each picture its score by "
+        f"{training_reward}. Chosen by rule, not by eye: the first {len(prompts)} held-out prompts of the suite, the "
+        f"first latent of the noise bank, and of each method the seed with the median final {training_reward} "
+        f"({seeds})."
+    )
+    alt = (
+        f"Grid of pictures: base model and {joined([line.arm for line in lines[1:]])} after training on "
+        f"{training_reward}, for {len(prompts)} held-out prompts. Mean score of the row: " + _means(data) + "."
+    )
+    return Drawn(name, f"Pictures after training on {training_reward}", figure, data, caption, alt, vector=False)
+
+
+def median_seed(analysis: Analysis, arm: str, training_reward: str) -> int | None:
+    """The seed with the (lower) median final gain on the training reward; None where no seed has one."""
+    gain = analysis.final(arm, training_reward)
+    found = sorted((value, seed) for value, seed in zip(gain.values, gain.seeds, strict=True) if np.isfinite(value))
+    return found[(len(found) - 1) // 2][1] if found else None
+
+
+def _row(analysis: Analysis, line: Line, prompt: str, reward: str, scores: pd.DataFrame) -> dict[str, object]:
+    mine = scores[(scores["cell"] == line.cell) & (scores["prompt_id"] == prompt)].sort_values("noise_id")
+    noise = _first_noise(analysis, line, prompt, mine)
+    path = f"cells/{line.cell}/images/final/{prompt}--{noise}.png"
+    exists = (analysis.run.folder / path).is_file()
+    here = mine[mine["noise_id"] == noise]
+    return {
+        "arm": line.arm,
+        "seed": line.seed,
+        "prompt_id": prompt,
+        "prompt": analysis.run.prompt_text(prompt),
+        "noise_id": noise,
+        "training_reward": reward,
+        "score": float(here["score"].iloc[0]) if len(here) else np.nan,
+        "picture": path if exists else "",
+    }
+
+
+def _first_noise(analysis: Analysis, line: Line, prompt: str, rows: pd.DataFrame) -> int:
+    """The first latent of a prompt in the base model's records, so that all rows show the same one."""
+    base = analysis.run.scores
+    base = base[(base["arm"] == BASE) & (base["prompt_id"] == prompt)]
+    found = base if len(base) else rows
+    return int(found["noise_id"].min()) if len(found) else 0
+
+
+def _draw(analysis: Analysis, lines: list[Line], prompts: list[str], data: pd.DataFrame) -> Figure:
+    width = LEFT + len(prompts) * (TILE + GAP)
+    height = TOP + len(lines) * (TILE + UNDER + GAP)
+    figure = Figure(figsize=(width / DPI, height / DPI))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.axis("off")
+    look = looks(analysis.run.arms)
+    canvas = Image.new("RGB", (width, height), "white")
+    cells = data.to_dict("records")
+    for i, line in enumerate(lines):
+        y = TOP + i * (TILE + UNDER + GAP)
+        colour = look[line.arm].colour if line.arm in look else "black"
+        label = "base model" if line.arm == BASE else f"{_short(line.arm)}\nseed {line.seed}"
+        axes.text(LEFT - 12, y + TILE / 2, label, ha="right", va="center", fontsize=9, color=colour, fontweight="bold")
+        for j in range(len(prompts)):
+            cell = cells[i * len(prompts) + j]
+            x = LEFT + j * (TILE + GAP)
+            if cell["picture"]:
+                canvas.paste(_tile(analysis, str(cell["picture"])), (x, y))
+            else:
+                canvas.paste(PALE, (x, y, x + TILE, y + TILE))
+                axes.text(x + TILE / 2, y + TILE / 2, "no picture", ha="center", va="center", fontsize=7, color=GREY)
+            if np.isfinite(cell["score"]):
+                text = fixed(float(cell["score"]), 2, sign=True)
+                axes.text(x + TILE / 2, y + TILE + 3, text, ha="center", va="top", fontsize=7.5, color=GREY)
+    for j in range(len(prompts)):
+        text = _wrapped(str(cells[j]["prompt"]))
+        axes.text(LEFT + j * (TILE + GAP) + TILE / 2, TOP - 8, text, ha="center", va="bottom", fontsize=8)
+    axes.imshow(np.asarray(canvas), extent=(0, width, height, 0), interpolation="none", zorder=0)
+    return figure
+
+
+def _tile(analysis: Analysis, path: str) -> Image.Image:
+    with Image.open(analysis.run.folder / path) as picture:
+        return picture.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+
+
+def _short(text: str, length: int = 14) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _wrapped(text: str) -> str:
+    """At most two lines of a prompt, the rest as an ellipsis."""
+    words, lines = text.split(), [""]
+    for word in words:
+        candidate = f"{lines[-1]} {word}".strip()
+        if len(candidate) > LABEL_WIDTH and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = candidate
+    lines = [_short(line, LABEL_WIDTH) for line in lines]
+    return "\n".join(lines if len(lines) <= 2 else [lines[0], _short(lines[1] + " …", LABEL_WIDTH)])
+
+
+def _means(data: pd.DataFrame) -> str:
+    means = data.groupby("arm", sort=False)["score"].mean()
+    return joined([f"{arm} {fixed(float(value), 2, sign=True)}" for arm, value in means.items()])

@@ -67,8 +67,9 @@ def run_benchmark(
         build_report(job.run_dir)
     crashed = [name for name, end in ends.items() if end == "crashed"]
     if crashed:
+        shown = ", ".join(crashed[:3]) + (", ..." if len(crashed) > 3 else "")
         raise CellsFailed(
-            f"{len(crashed)} of {len(job.grid.cells)} cells crashed ({', '.join(crashed[:3])}{', ...' * (len(crashed) > 3)}); "
+            f"{len(crashed)} of {len(job.grid.cells)} cells crashed ({shown}); "
             f"why is in {job.run_dir}/cells/<cell>/error.txt. The same command runs them again."
         )
     return job.run_dir

@@ -70,7 +70,7 @@ def run_cells(
     waiting = list(reversed(cells))
     ends: dict[str, str] = {}
     devices = _devices(config, min(workers, len(cells)))
-    with _environment(), _terminating([_Worker(config, run_dir, device) for device in devices]) as pool:
+    with _environment(), _ending([_Worker(config, run_dir, device) for device in devices]) as pool:
         for worker in pool:
             if waiting:
                 worker.give(waiting.pop())
@@ -130,12 +130,14 @@ def _environment() -> Iterator[None]:
 
 
 @contextmanager
-def _terminating(pool: list[_Worker]) -> Iterator[list[_Worker]]:
+def _ending(pool: list[_Worker]) -> Iterator[list[_Worker]]:
     try:
         yield pool
     finally:
         for worker in pool:
-            worker.process.terminate()
+            worker.connection.close()  # an idle worker reads the end of its pipe and returns
+            if worker.cell is not None:
+                worker.process.terminate()
         for worker in pool:
             worker.process.join(timeout=10)
 
@@ -159,6 +161,7 @@ def work(connection: Connection, config: RunConfig, run_dir: Path) -> None:
             from harness.grid import Grid
 
             if workshop is None:
+                quiet_libraries()
                 torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
                 connection.send(Event("progress", cell.cell, "load", 0.0, "loading the model"))
                 workshop = Workshop(Grid(config))
@@ -174,6 +177,15 @@ def work(connection: Connection, config: RunConfig, run_dir: Path) -> None:
             (directory / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             connection.send(Event("crashed", cell.cell, detail=reason))
+
+
+def quiet_libraries() -> None:
+    """Switch off the loading bars of transformers and diffusers, which would tear ours."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _die_with_parent() -> None:

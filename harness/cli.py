@@ -1,0 +1,179 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that --help is immediate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harness.errors import CellsFailed, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Benchmark methods that fine-tune text-to-image diffusion models on rewards.\n\n"
+    "Start here:  python -m harness run --methods draft,ddpo --seeds 5\n\n"
+    "It trains every method with every seed on the embedded small model, scores all of them on the same prompts and "
+    "latents, and writes results/<run>/report/report.md. The same command resumes an interrupted run.",
+)
+
+
+@app.command()
+def run(
+    methods: Annotated[str, typer.Option(help="Comma-separated names, or path/to/file.py:Class.")] = "",
+    arm: Annotated[
+        list[str] | None, typer.Option(help="'label: method key=value ...'; repeat for an ablation.")
+    ] = None,
+    rewards: Annotated[str, typer.Option(help="Training rewards, e.g. emoji-3d,2*emoji-3d+1*emoji-clip.")] = "",
+    seeds: Annotated[str, typer.Option(help="5 means 0..4; 0,3,7 is a list; 10-14 a range.")] = "",
+    model: Annotated[str, typer.Option(help="emoji (embedded), a pipeline directory, or a hub id.")] = "",
+    revision: Annotated[str, typer.Option(help="Revision of a hub id.")] = "",
+    suite: Annotated[str, typer.Option(help="Prompt suite, or a .txt or .jsonl file.")] = "",
+    preset: Annotated[str, typer.Option(help="Named settings; see `list presets`.")] = "",
+    budget: Annotated[str, typer.Option(help="What a cell may spend: queries=256, iterations=64 ...")] = "",
+    reference: Annotated[str, typer.Option(help="Arm that the others are compared with; default: the first.")] = "",
+    eval_latents: Annotated[int, typer.Option(help="Pictures per evaluation prompt.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run; default: results/<preset>-<hash>.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes; default: one per core or GPU.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "",
+    dtype: Annotated[str, typer.Option(help="Frozen weights: float32, bfloat16, float16, float64.")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="draft-k.k=5, sampler.steps=20, adapter.rank=8; repeatable.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")] = None,
+    keep_images: Annotated[str, typer.Option(help="Evaluated pictures: final or none.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid and its cost; run nothing.")] = False,
+) -> None:
+    """Run a grid of (method, reward, seed) cells, or what is missing of it, and write its report."""
+    from harness.config import load_yaml, merge, parse_arm, parse_budget, parse_seeds, parse_set, resolve
+
+    passed: dict[str, Any] = load_yaml(config, "configuration") if config else {}
+    simple = {
+        "model": model, "revision": revision, "suite": suite, "preset": preset, "reference": reference,
+        "device": device, "dtype": dtype, "keep_images": keep_images, "workers": workers,
+    }  # fmt: skip
+    flags: dict[str, Any] = {key: value for key, value in simple.items() if value}
+    if methods:
+        flags["methods"] = _words(methods)
+    if arm:
+        flags["arms"] = [vars(parse_arm(text)) for text in arm]
+    if rewards:
+        flags["rewards"] = _words(rewards)
+    if seeds:
+        flags["seeds"] = parse_seeds(seeds)
+    if budget:
+        flags["budget"] = parse_budget(budget)
+    if eval_latents:
+        flags["evaluation"] = {"latents": eval_latents}
+    if out:
+        flags["out"] = str(out)
+    passed = merge(merge(passed, flags), parse_set(set_ or []))
+    resolved = resolve(passed)
+
+    from harness.benchmark import plan, run_benchmark
+    from harness.executors.local import quiet_libraries
+
+    quiet_libraries()
+    if dry_run:
+        from harness.estimate import describe_cost
+
+        typer.echo(describe_cost(plan(resolved)))
+        return
+    from harness.progress import Display
+
+    with Display() as display:
+        directory = run_benchmark(resolved, passed, display.event, display.start)
+    typer.echo(f"\nReport: {directory / 'report' / 'report.md'}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="Directory of a run, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; default: DIRECTORY/report.")] = None,
+) -> None:
+    """Render the report of a run from its records alone (needs no torch)."""
+    _require_run(directory)
+    from harness.report.build import build_report
+
+    typer.echo(f"Report: {build_report(directory, out)}")
+
+
+@app.command()
+def status(directory: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
+    """Show how far a run is: a line per cell."""
+    from harness.progress import status_lines
+
+    _require_run(directory)
+    for line in status_lines(directory):
+        typer.echo(line)
+
+
+def _require_run(directory: Path) -> None:
+    if not (directory / "run.json").is_file():
+        raise UserError(f"{directory} holds no run (no run.json); runs are below results/")
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="methods, rewards, suites, models or presets.")],
+) -> None:
+    """List what can be named on the command line."""
+    from harness.config import load_yaml, nearest, presets
+    from harness.registry import discover, embedded_models, find_model
+
+    if kind in ("methods", "rewards", "suites"):
+        rows = [(p.name, _tags(p.attributes), p.description) for p in discover(kind).values()]
+    elif kind == "models":
+        rows = [(name, "embedded", str(path)) for name, path in embedded_models().items()]
+        rows += [(find_model("gaussian").name, "test", "closed-form Gaussian, no weights")]
+        rows += [("PATH", "", "a directory in the layout of a diffusers StableDiffusionPipeline, or a hub id")]
+    elif kind == "presets":
+        rows = [(name, "", str(load_yaml(path, "preset").get("description", ""))) for name, path in presets().items()]
+    else:
+        known = ["methods", "rewards", "suites", "models", "presets"]
+        raise UserError(f"there is no list of {kind!r}; {nearest(kind, known)}")
+    width = max(len(name) for name, _, _ in rows)
+    tag_width = max(len(tags) for _, tags, _ in rows)
+    for name, tags, description in rows:
+        typer.echo(f"{name:<{width}}  {tags:<{tag_width}}  {description}".rstrip())
+
+
+def _tags(attributes: dict[str, Any]) -> str:
+    tags = [str(attributes.get("role", "")), f"v{attributes['version']}" if "version" in attributes else ""]
+    if attributes.get("needs_reward_gradient"):
+        tags.append("needs the reward's gradient")
+    if attributes.get("differentiable") is False:
+        tags.append("not differentiable")
+    return ", ".join(tag for tag in tags if tag)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, a failed cell exit code 1, Ctrl-C exit code 130."""
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except CellsFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        print("\ninterrupted; the same command resumes the run", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"error: {error.strerror}: {error.filename or ''}; what was finished is kept", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # click's usage errors
+        if usage is None:
+            raise
+        print(f"error: {usage()}", file=sys.stderr)
+        sys.exit(2)

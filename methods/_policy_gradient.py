@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from pydantic import Field
@@ -106,10 +106,13 @@ class PromptStatistics:
         self.rewards = {prompt: deque(seen, maxlen=self.buffer) for prompt, seen in state.items()}
 
 
-class PolicyGradientTuner(TrainedFineTuner):
+ConfigT = TypeVar("ConfigT", bound=PolicyGradientConfig)
+
+
+class PolicyGradientTuner(TrainedFineTuner, Generic[ConfigT]):
     """Sample trajectories, turn rewards into advantages, ascend a surrogate. Subclasses give the surrogate."""
 
-    def __init__(self, model: DiffusionModel, reward: Reward, config: PolicyGradientConfig, context: Context) -> None:
+    def __init__(self, model: DiffusionModel, reward: Reward, config: ConfigT, context: Context) -> None:
         if config.rollout_size % config.updates_per_rollout:
             raise UserError(
                 f"rollout_size={config.rollout_size} must be a multiple of "
@@ -131,7 +134,7 @@ class PolicyGradientTuner(TrainedFineTuner):
     @property
     def requests_per_iteration(self) -> int:
         """One rollout."""
-        return int(self.config.rollout_size)
+        return self.config.rollout_size
 
     def iterate(self, requests: Sequence[Request]) -> Mapping[str, float]:
         """Collect a rollout, then pass over it once in `updates_per_rollout` optimiser steps."""
@@ -210,7 +213,7 @@ class PolicyGradientTuner(TrainedFineTuner):
 
     def planned_cost(self) -> CostRange:
         """T forward steps to sample, A with gradient to learn from the A actions."""
-        pictures = int(self.config.rollout_size)
+        pictures = self.config.rollout_size
         rows = pictures * (1 if self.sampler.guidance == 1.0 else 2)
         trained = rows * len(self.actions)
         cost = Cost(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from pydantic import Field
@@ -54,10 +54,13 @@ class Objective:
     reward: Tensor
 
 
-class RewardGradientTuner(TrainedFineTuner):
+ConfigT = TypeVar("ConfigT", bound=RewardGradientConfig)
+
+
+class RewardGradientTuner(TrainedFineTuner, Generic[ConfigT]):
     """Ascend the gradient of the reward of generated pictures. Subclasses say how, in `objective`."""
 
-    def __init__(self, model: DiffusionModel, reward: Reward, config: RewardGradientConfig, context: Context) -> None:
+    def __init__(self, model: DiffusionModel, reward: Reward, config: ConfigT, context: Context) -> None:
         self.model, self.reward, self.config, self.context = model, reward, config, context
         self.steps = schedule(model, context.sampler)
         self.optimizer = context.optimizer(list(model.adapter_parameters().values()), config.optimizer)
@@ -69,7 +72,7 @@ class RewardGradientTuner(TrainedFineTuner):
     @property
     def requests_per_iteration(self) -> int:
         """One batch."""
-        return int(self.config.batch_size)
+        return self.config.batch_size
 
     def iterate(self, requests: Sequence[Request]) -> Mapping[str, float]:
         """One update: the mean loss over the requests, its gradient, one step of the optimiser."""
@@ -114,7 +117,7 @@ class RewardGradientTuner(TrainedFineTuner):
 
     def chain_cost(self, gradient_steps: int, forward_steps: int) -> Cost:
         """Denoiser rows of one iteration's chains."""
-        pictures = int(self.config.batch_size)
+        pictures = self.config.batch_size
         rows = pictures * self.rows_per_picture
         in_memory = min(pictures, self.context.micro_batch) * self.rows_per_picture
         checkpointed = self.context.checkpointing(gradient_steps, in_memory)
@@ -127,7 +130,7 @@ class RewardGradientTuner(TrainedFineTuner):
 
     def scoring_cost(self, pictures_per_request: int = 1) -> Cost:
         """Decodes, queries and reward gradients of one iteration."""
-        pictures = int(self.config.batch_size) * pictures_per_request
+        pictures = self.config.batch_size * pictures_per_request
         return Cost(decodes=pictures, queries=pictures, reward_gradients=pictures)
 
     def truncated_cost(self, gradient_steps: int) -> CostRange:

@@ -24,7 +24,7 @@ class DDPOConfig(PolicyGradientConfig):
     clip_range: float = Field(1e-4, gt=0, description="e in clip(rho, 1-e, 1+e). DDPO's code: 1e-4.")
 
 
-class DDPO(PolicyGradientTuner):
+class DDPO(PolicyGradientTuner[DDPOConfig]):
     """DDPO (importance sampling): clipped policy gradient with per-prompt advantages."""
 
     version = "1"

@@ -22,7 +22,7 @@ class DDPOSFConfig(PolicyGradientConfig):
     updates_per_rollout: int = Field(1, ge=1, le=1, description="The estimator is on-policy: one step per rollout.")
 
 
-class DDPOSF(PolicyGradientTuner):
+class DDPOSF(PolicyGradientTuner[DDPOSFConfig]):
     """DDPO-SF: score-function policy gradient with per-prompt advantages."""
 
     version = "1"

@@ -12,7 +12,7 @@ from harness.api import CostRange, Randomness
 from methods._reward_gradient import Batch, Objective, RewardGradientConfig, RewardGradientTuner
 
 
-class Draft(RewardGradientTuner):
+class Draft(RewardGradientTuner[RewardGradientConfig]):
     """DRaFT: the reward's gradient through all T sampling steps."""
 
     version = "1"

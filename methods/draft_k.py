@@ -20,7 +20,7 @@ class DraftKConfig(RewardGradientConfig):
     k: int = Field(1, ge=1, description="Steps with gradient, K. The paper finds small K best per update.")
 
 
-class DraftK(RewardGradientTuner):
+class DraftK(RewardGradientTuner[DraftKConfig]):
     """DRaFT-K: the reward's gradient through the last K sampling steps."""
 
     version = "1"
@@ -32,13 +32,12 @@ class DraftK(RewardGradientTuner):
         super().__init__(model, reward, config, context)
         if config.k > len(self.steps):
             raise UserError(f"draft-k.k={config.k} exceeds the sampler's {len(self.steps)} steps; lower k")
-        self.k = config.k
 
     def objective(self, batch: Batch, draws: Randomness) -> Objective:
         """-r(x_0), x_0 differentiable in the last K steps."""
-        reward = self.score(self.chain(batch, gradient_steps=self.k), batch)
+        reward = self.score(self.chain(batch, gradient_steps=self.config.k), batch)
         return Objective(loss=-reward, reward=reward)
 
     def planned_cost(self) -> CostRange:
         """K steps carry gradient."""
-        return self.truncated_cost(self.k)
+        return self.truncated_cost(self.config.k)

@@ -30,7 +30,7 @@ class DraftLVConfig(RewardGradientConfig):
     level: int | None = Field(None, ge=0, description="Timestep of x_1; None: the sampler's last one (sigma_1).")
 
 
-class DraftLV(RewardGradientTuner):
+class DraftLV(RewardGradientTuner[DraftLVConfig]):
     """DRaFT-LV: DRaFT-1 plus n re-noised and re-denoised copies of each picture."""
 
     version = "1"
@@ -40,7 +40,6 @@ class DraftLV(RewardGradientTuner):
 
     def __init__(self, model: DiffusionModel, reward: Reward, config: DraftLVConfig, context: Context) -> None:
         super().__init__(model, reward, config, context)
-        self.options = config
         self.level = self.steps[-1].t if config.level is None else config.level
         if self.level >= model.training_timesteps:
             raise UserError(f"draft-lv.level={self.level} is no timestep; give one below {model.training_timesteps}")
@@ -48,16 +47,16 @@ class DraftLV(RewardGradientTuner):
 
     def objective(self, batch: Batch, draws: Randomness) -> Objective:
         """The sum (or mean) of -r over the base term and the n re-denoised copies."""
-        x_0 = self.chain(batch, gradient_steps=1 if self.options.keep_base else 0)
-        rewards = [self.score(x_0, batch)] if self.options.keep_base else []
-        for i in range(self.options.n):
+        x_0 = self.chain(batch, gradient_steps=1 if self.config.keep_base else 0)
+        rewards = [self.score(x_0, batch)] if self.config.keep_base else []
+        for i in range(self.config.n):
             noisy = self.model.noised(x_0.detach(), self.level, self.fresh_noise(batch, i))
             prediction = self.model.predict(
                 noisy, self.level, batch.condition, guidance=self.context.sampler.guidance, adapter=Adapter()
             )
             rewards.append(self.score(prediction.x0, batch))
         total = torch.stack(rewards).sum(0)
-        loss = -total if self.options.reduction == "sum" else -total / self.terms
+        loss = -total if self.config.reduction == "sum" else -total / self.terms
         return Objective(loss=loss, reward=rewards[0])
 
     def fresh_noise(self, batch: Batch, i: int) -> Tensor:
@@ -70,9 +69,9 @@ class DraftLV(RewardGradientTuner):
 
     def planned_cost(self) -> CostRange:
         """One step of the chain and n single steps carry gradient; the inner steps are never checkpointed."""
-        base_steps = 1 if self.options.keep_base else 0
+        base_steps = 1 if self.config.keep_base else 0
         inner = len(self.steps) - base_steps
-        rows = self.config.batch_size * self.rows_per_picture * self.options.n
+        rows = self.config.batch_size * self.rows_per_picture * self.config.n
         cost = self.chain_cost(base_steps, inner) + Cost(gradient_rows=rows, backward_rows=rows)
         cost = cost + self.scoring_cost(self.terms)
         return CostRange(cost, cost)

@@ -24,7 +24,7 @@ class ReFLConfig(RewardGradientConfig):
     )
 
 
-class ReFL(RewardGradientTuner):
+class ReFL(RewardGradientTuner[ReFLConfig]):
     """ReFL: the reward's gradient through a one-step prediction from a random late step."""
 
     version = "1"
@@ -36,18 +36,17 @@ class ReFL(RewardGradientTuner):
         super().__init__(model, reward, config, context)
         if config.m > len(self.steps):
             raise UserError(f"refl.m={config.m} exceeds the sampler's {len(self.steps)} steps; lower m")
-        self.m, self.hinge = config.m, config.hinge
 
     def objective(self, batch: Batch, draws: Randomness) -> Objective:
         """-r(x0_hat(x_t)), or relu(hinge - r), at one t for the whole update."""
-        remaining = 1 + draws.integer("t", below=self.m)
+        remaining = 1 + draws.integer("t", below=self.config.m)
         step = self.steps[-remaining]
         x_t = self.chain(batch, gradient_steps=0, stop=step.index)
         prediction = self.model.predict(
             x_t, step.t, batch.condition, guidance=self.context.sampler.guidance, adapter=Adapter()
         )
         reward = self.score(prediction.x0, batch)
-        loss = -reward if self.hinge is None else (self.hinge - reward).relu()
+        loss = -reward if self.config.hinge is None else (self.config.hinge - reward).relu()
         return Objective(loss=loss, reward=reward)
 
     def planned_cost(self) -> CostRange:
@@ -55,5 +54,5 @@ class ReFL(RewardGradientTuner):
         one_step = self.config.batch_size * self.rows_per_picture
         gradient = Cost(gradient_rows=one_step, backward_rows=one_step) + self.scoring_cost()
         T = len(self.steps)
-        expected = self.chain_cost(0, 1) * (T - (self.m + 1) / 2) + gradient
+        expected = self.chain_cost(0, 1) * (T - (self.config.m + 1) / 2) + gradient
         return CostRange(expected, self.chain_cost(0, 1) * (T - 1) + gradient)

@@ -20,7 +20,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from harness.api import Adapter, AdapterConfig, Conditioning, DiffusionModel, PredictionType, Randomness, UserError
 
+PIPELINES = ("StableDiffusionPipeline",)
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def load(source: str, device: torch.device, dtype: torch.dtype, revision: str | None) -> StableDiffusion:
+    """The model stored in a directory or known by a hub id."""
+    return StableDiffusion(source, device, dtype, revision)
 
 
 class StableDiffusion(DiffusionModel):

@@ -7,6 +7,7 @@ an explicit `torch.Generator` on the CPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +25,12 @@ class Distortion:
         turn: greatest rotation, in degrees.
         flip: probability of a mirror image.
         blur: greatest standard deviation of a Gaussian blur, in pixels.
-        shrink: probability that a picture goes through half or a third of its resolution and back,
+        shrink: share of the pictures that go through half or a third of its resolution and back,
             as through the bottleneck of an autoencoder.
         jpeg: greatest quantisation step of 8x8 cosine coefficients, in [0, 1] units.
         noise: greatest standard deviation of added noise, in [0, 1] units.
         colour: greatest relative change of brightness, contrast and saturation.
-        erase: probability that a square of a quarter of the side is painted over.
+        erase: share of the pictures where a square of a quarter of the side is painted over.
     """
 
     zoom: float = 0.1
@@ -50,19 +51,23 @@ def uniform(count: int, generator: torch.Generator, low: float = 0.0, high: floa
 
 
 def distort(images: Tensor, strength: Distortion, generator: torch.Generator) -> Tensor:
-    """Return distorted pictures, float32 (B, 3, H, W), nearly but not exactly within [0, 1]."""
-    images = moved(images, strength, generator)
+    """Return distorted pictures, float32 (B, 3, H, W), nearly but not exactly within [0, 1].
+
+    Each distortion falls on a random half of the pictures (noise on a third), so that many pictures keep
+    some quality that generated ones have too.
+    """
+
+    def some(images: Tensor, portion: float, change: Callable[[Tensor], Tensor]) -> Tensor:
+        chosen = torch.randperm(len(images), generator=generator)[: round(portion * len(images))]
+        return images.index_copy(0, chosen, change(images[chosen])) if len(chosen) else images
+
+    images = some(images, 0.5, lambda part: moved(part, strength, generator))
     images = recoloured(images, strength.colour, generator)
-    if strength.erase > 0:
-        images = erased(images, strength.erase, generator)
-    if strength.shrink > 0:
-        images = shrunk(images, strength.shrink, generator)
-    images = blurred(images, strength.blur, generator)
-    images = quantised(images, strength.jpeg, generator)
-    deviation = uniform(len(images), generator, 0, strength.noise).view(-1, 1, 1, 1)
-    # A third of the pictures stay without noise, since generated ones have none.
-    deviation = deviation * (uniform(len(images), generator).view(-1, 1, 1, 1) > 1 / 3)
-    return images + torch.randn(images.shape, generator=generator) * deviation
+    images = some(images, strength.erase, lambda part: erased(part, generator))
+    images = some(images, strength.shrink, lambda part: shrunk(part, generator))
+    images = some(images, 0.5, lambda part: blurred(part, strength.blur, generator))
+    images = some(images, 0.5, lambda part: quantised(part, strength.jpeg, generator))
+    return some(images, 1 / 3, lambda part: noisy(part, strength.noise, generator))
 
 
 def moved(images: Tensor, strength: Distortion, generator: torch.Generator) -> Tensor:
@@ -96,8 +101,8 @@ def recoloured(images: Tensor, amount: float, generator: torch.Generator) -> Ten
     return grey + (images - grey) * (1 + factor())
 
 
-def erased(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Paint a square of a quarter of the side over some pictures, in a random colour."""
+def erased(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Paint a square of a quarter of the side over each picture, in a random colour."""
     count, _, height, width = images.shape
     side = width // 4
     top = torch.randint(height - side + 1, (count, 1, 1, 1), generator=generator)
@@ -105,18 +110,16 @@ def erased(images: Tensor, probability: float, generator: torch.Generator) -> Te
     row = torch.arange(height).view(1, 1, -1, 1)
     column = torch.arange(width).view(1, 1, 1, -1)
     inside = (row >= top) & (row < top + side) & (column >= left) & (column < left + side)
-    inside = inside & (uniform(count, generator) < probability).view(-1, 1, 1, 1)
     return torch.where(inside, torch.rand(count, 3, 1, 1, generator=generator), images)
 
 
-def shrunk(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Send some pictures through a lower resolution and mix the result with the original."""
+def shrunk(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Send pictures through half or a third of their resolution and mix the result with the original."""
     height, width = images.shape[-2:]
     divisor = 2 if bool(uniform(1, generator) < 0.5) else 3
     small = F.interpolate(images, (height // divisor, width // divisor), mode="bilinear", antialias=True)
     back = F.interpolate(small, (height, width), mode="bilinear")
-    mix = uniform(len(images), generator, 0.3, 1.0) * (uniform(len(images), generator) < probability)
-    return torch.lerp(images, back, mix.view(-1, 1, 1, 1))
+    return torch.lerp(images, back, uniform(len(images), generator, 0.3, 1.0).view(-1, 1, 1, 1))
 
 
 def blurred(images: Tensor, greatest: float, generator: torch.Generator) -> Tensor:
@@ -128,13 +131,11 @@ def blurred(images: Tensor, greatest: float, generator: torch.Generator) -> Tens
         position = torch.arange(size, dtype=torch.float32)
         return torch.softmax(-0.5 * ((position[:, None] - position[None, :]) / sigma) ** 2, -1)
 
-    soft = matrix(height) @ images @ matrix(width).transpose(-1, -2)
-    chosen = (uniform(len(images), generator) < 0.6).view(-1, 1, 1, 1)
-    return torch.where(chosen, soft, images)
+    return matrix(height) @ images @ matrix(width).transpose(-1, -2)
 
 
 def quantised(images: Tensor, greatest: float, generator: torch.Generator) -> Tensor:
-    """Round 8x8 cosine coefficients as JPEG does, coarser at higher frequencies; half the pictures."""
+    """Round 8x8 cosine coefficients as JPEG does, coarser at higher frequencies."""
     count, channels, height, width = images.shape
     position = torch.arange(8, dtype=torch.float32)
     basis = torch.cos(math.pi / 8 * (position[None, :] + 0.5) * position[:, None]) * 0.5
@@ -143,6 +144,10 @@ def quantised(images: Tensor, greatest: float, generator: torch.Generator) -> Te
     step = uniform(count, generator, 0.01, max(greatest, 0.02)).view(-1, 1, 1, 1, 1, 1)
     step = step * (1 + (position[:, None] + position[None, :]))
     coarse = torch.round(basis @ blocks @ basis.T / step) * step
-    back = (basis.T @ coarse @ basis).transpose(3, 4).reshape(images.shape)
-    chosen = (uniform(count, generator) < 0.5).view(-1, 1, 1, 1)
-    return torch.where(chosen, back, images)
+    return (basis.T @ coarse @ basis).transpose(3, 4).reshape(images.shape)
+
+
+def noisy(images: Tensor, greatest: float, generator: torch.Generator) -> Tensor:
+    """Add Gaussian noise of a deviation of each picture's own, up to `greatest`."""
+    deviation = uniform(len(images), generator, 0, greatest).view(-1, 1, 1, 1)
+    return images + torch.randn(images.shape, generator=generator) * deviation

@@ -25,7 +25,7 @@ CLASSES = {
     "clip": "VisionTextDualEncoderModel",
     "object": "ResNetForImageClassification",
     "style3d_heldout": "ConvNextForImageClassification",
-    "clip_heldout": "CLIPModel",
+    "clip_heldout": "VisionTextDualEncoderModel",
 }
 CAPTION_TOKENS = 24
 WORD = r"[^\W\d_]+|\d|[^\s\w]+"  # as the tokenizer splits: letters, one digit, or punctuation
@@ -82,29 +82,15 @@ def build(name: str, labels: Sequence[str], tokens: int = 0) -> nn.Module:
     elif name == "style3d_heldout":
         config = _convnext(transformers, [24, 64, 128], [1, 1, 1], **named)
         model = transformers.ConvNextForImageClassification(config)
-    elif name == "clip":
+    elif name in ("clip", "clip_heldout"):
+        tower = _convnext(transformers, [32, 64, 128], [1, 1, 2]) if name == "clip" else _levit(transformers)
         config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-            _convnext(transformers, [32, 64, 128], [1, 1, 2]),
-            transformers.CLIPTextConfig(hidden_size=96, **words),
+            tower,
+            transformers.CLIPTextConfig(hidden_size=96 if name == "clip" else 64, **words),
             projection_dim=64,
             **NORMALISATION,
         )
         model = transformers.VisionTextDualEncoderModel(config)
-    elif name == "clip_heldout":
-        vision = transformers.CLIPVisionConfig(
-            image_size=64,
-            patch_size=8,
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=3,
-            initializer_factor=1.0,
-        )
-        text = transformers.CLIPTextConfig(hidden_size=64, **words)
-        config = transformers.CLIPConfig(
-            text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64, **NORMALISATION
-        )
-        model = transformers.CLIPModel(config)
     else:
         raise ValueError(f"unknown critic {name!r}; known: {', '.join(CLASSES)}")
     return model
@@ -121,6 +107,17 @@ def _convnext(transformers: Any, widths: list[int], depths: list[int], **more: A
         layer_scale_init_value=0.0,  # none: a start at 1e-6 only pays in deep networks
         layer_norm_eps=1e-6,
         **more,
+    )
+
+
+def _levit(transformers: Any) -> Any:
+    return transformers.LevitConfig(
+        image_size=64,
+        hidden_sizes=[64, 96, 160],
+        hidden_size=160,  # what the dual encoder looks for
+        num_attention_heads=[2, 4, 4],
+        depths=[2, 2, 2],
+        key_dim=[16, 16, 16],
     )
 
 

@@ -151,21 +151,37 @@ def compatible(batch: Batch) -> Tensor:
 
 
 def clip_loss(model: nn.Module, tokenizer: Any, sprites: Sprites, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Return the symmetric contrastive loss of one batch.
+    """Return the loss of one batch: which caption belongs to the picture, asked in three ways.
 
-    Half of the batches consist of groups of four pictures of one animal, so that styles and colours must
-    be told apart. Captions that are true of another picture of the batch are no negatives for it.
+    1. Among the captions of the batch, and among its pictures for the caption (symmetric). Captions that
+       are true of another picture are no negatives for it. A third of the batches consist of groups of
+       four pictures of one animal, so that colours must be told apart.
+    2. Among the plain captions of all animals: many more negatives than a small batch holds.
+    3. Among the three styles of the right animal: what is learnt last if nothing asks for it.
     """
-    group = 4 if bool(uniform(1, generator) < 0.5) else 1
+    group = 4 if bool(uniform(1, generator) < 1 / 3) else 1
     rows = grouped_indices(sprites, recipe.batch, group, generator)
     batch = compose(sprites, rows, generator, recipe.jitter)
     pictures = nets.image_features(model, distort(batch.images / 2 + 0.5, recipe.distortion, generator))
-    texts = nets.text_features(model, nets.tokenised(tokenizer, batch.captions))
+    pairs = [(int(name), style) for name in batch.name_id for style in STYLES]
+    captions = [
+        *batch.captions,
+        *(caption(name) for name in sprites.names),
+        *(caption(sprites.names[name], style) for name, style in pairs),
+    ]
+    distinct = {text: i for i, text in enumerate(dict.fromkeys(captions))}
+    features = nets.text_features(model, nets.tokenised(tokenizer, list(distinct)))
+    place = torch.tensor([distinct[text] for text in captions])
+    own_place, name_place, style_place = torch.split(place, [len(rows), len(sprites.names), len(pairs)])
     clip: Any = model
-    scores = pictures @ texts.T * clip.logit_scale.clamp(max=math.log(50.0)).exp()
-    scores = scores.masked_fill(compatible(batch) & ~torch.eye(len(rows), dtype=torch.bool), -1e4)
+    scores = pictures @ features.T * clip.logit_scale.clamp(max=math.log(50.0)).exp()
+    within = scores[:, own_place].masked_fill(compatible(batch) & ~torch.eye(len(rows), dtype=torch.bool), -1e4)
     own = torch.arange(len(rows))
-    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    return (
+        (F.cross_entropy(within, own) + F.cross_entropy(within.T, own)) / 2
+        + F.cross_entropy(scores[:, name_place], batch.name_id)
+        + 0.5 * F.cross_entropy(scores.gather(1, style_place.view(len(rows), -1)), batch.true_style)
+    )
 
 
 def rate_at(step: int, recipe: Recipe) -> float:

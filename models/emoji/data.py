@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 SIZE = 64
 STYLES = ("flat", "simple", "3d")
@@ -40,9 +40,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (244, 244, 244),
 }
 # Filed among the animals by Unicode, but no animal: a caption "a feather" would only blur the vocabulary.
-NOT_ANIMALS = frozenset(
-    {"paw prints", "pig nose", "feather", "wing", "spiral shell", "coral", "spider web", "microbe"}
-)
+NOT_ANIMALS = frozenset({"paw prints", "pig nose", "feather", "wing", "spiral shell", "coral", "spider web", "microbe"})
 # Vowel letters that sound like a consonant ("yoo-nicorn").
 A_BEFORE_VOWEL = frozenset({"unicorn"})
 VOCABULARY = Path(__file__).parent / "vocabulary.json"
@@ -221,9 +219,7 @@ def background(colour_id: Tensor, jitter: Jitter, generator: torch.Generator) ->
     return base[:, :, None, None] + slope[:, None]
 
 
-def compose(
-    sprites: Sprites, indices: Tensor, generator: torch.Generator, jitter: Jitter | None = None
-) -> Batch:
+def compose(sprites: Sprites, indices: Tensor, generator: torch.Generator, jitter: Jitter | None = None) -> Batch:
     """Compose one picture per index: a sprite on a coloured background, with its caption.
 
     Args:
@@ -269,9 +265,7 @@ def caption_batch(names: Sequence[str], name_id: Tensor, style_id: Tensor, colou
     """Return the captions of int64 (B,) ids, where -1 leaves style or colour unsaid."""
     colours = list(COLOURS)
     rows = zip(name_id.tolist(), style_id.tolist(), colour_id.tolist(), strict=True)
-    return [
-        caption(names[n], STYLES[s] if s >= 0 else None, colours[c] if c >= 0 else None) for n, s, c in rows
-    ]
+    return [caption(names[n], STYLES[s] if s >= 0 else None, colours[c] if c >= 0 else None) for n, s, c in rows]
 
 
 def vocabulary(sprites: Sprites) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""The trainer of the embedded generator: every stage on a handful of synthetic sprites."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from models.emoji.autoencoder import build_autoencoder, normalise_latents
+from models.emoji.data import (
+    COLOURS,
+    STYLES,
+    Jitter,
+    Sprites,
+    balanced_indices,
+    caption,
+    clean_name,
+    compose,
+)
+from models.emoji.loop import Stage, cosine
+from models.emoji.text import learn_merges, write_tokenizer
+from models.emoji.train import Recipe, train
+
+
+@pytest.fixture(scope="module")
+def sprites() -> Sprites:
+    """Return eight names in up to three styles: discs of different radius and colour."""
+    axis = torch.linspace(-1, 1, 64)
+    radius = (axis[None] ** 2 + axis[:, None] ** 2).sqrt()
+    rows = [(name, style) for name in range(8) for style in range(3) if (name + style) % 4]
+    pixels = torch.zeros(len(rows), 4, 64, 64, dtype=torch.uint8)
+    for row, (name, style) in enumerate(rows):
+        pixels[row, style] = 255
+        pixels[row, 3] = (radius < 0.3 + 0.08 * name).byte() * 255
+    names = ("ant", "cat", "dog", "owl", "t-rex", "unicorn", "polar bear", "ox")
+    ids = torch.tensor(rows)
+    return Sprites(pixels, ids[:, 0], ids[:, 1], names, ("animal-mammal",) * 8)
+
+
+def test_captions_use_the_right_article() -> None:
+    """Vowels, the exception, and the cleaning of names."""
+    assert caption("owl") == "an owl"
+    assert caption("unicorn") == "a unicorn"
+    assert caption("owl", "3d", "orange") == "a 3d owl on an orange background"
+    assert clean_name("FRONT-FACING BABY CHICK") == "baby chick"
+    assert clean_name("CAT FACE") == "cat"
+
+
+def test_compose_is_seeded_and_says_what_it_shows(sprites: Sprites) -> None:
+    """Equal seeds give equal pictures; the corner has the colour that the caption names."""
+
+    def draw(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return compose(sprites, balanced_indices(sprites, 16, generator), generator).images
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    generator = torch.Generator().manual_seed(3)
+    told = Jitter(name_style=1.0, name_colour=1.0, shade=0.0, grade=0.0)
+    batch = compose(sprites, balanced_indices(sprites, 32, generator), generator, told)
+    assert batch.images.shape == (32, 3, 64, 64)
+    assert batch.images.abs().max() <= 1
+    for image, text, colour_id, style_id in zip(
+        batch.images, batch.captions, batch.colour_id, batch.style_id, strict=True
+    ):
+        colour = list(COLOURS)[colour_id]
+        assert f"{colour} background" in text
+        assert STYLES[style_id] in text
+        expected = torch.tensor(COLOURS[colour]) / 127.5 - 1
+        torch.testing.assert_close(image[:, 0, 0], expected, atol=1e-4, rtol=0)
+
+
+def test_sampling_is_balanced_over_names(sprites: Sprites) -> None:
+    """Names with fewer sprites are not drawn less often."""
+    rows = balanced_indices(sprites, 8000, torch.Generator().manual_seed(0))
+    share = torch.bincount(sprites.name_id[rows], minlength=8) / 8000
+    torch.testing.assert_close(share, torch.full((8,), 1 / 8), atol=0.02, rtol=0)
+
+
+def test_tokenizer_never_fails_and_knows_whole_words(tmp_path: Path) -> None:
+    """Known words are one token each, anything else falls back to bytes."""
+    tokenizer = write_tokenizer(["a polar bear on a red background", "a t-rex"], tmp_path)
+    assert len(tokenizer("a polar bear on a red background")["input_ids"]) == 9
+    strange = tokenizer("Zebrafish, 漢字 \N{CAT FACE}!")["input_ids"]
+    assert strange[0] == tokenizer.bos_token_id
+    assert strange[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in strange[1:-1]
+    assert learn_merges(["ab ab", "cab"]) == learn_merges(["cab", "ab"])
+
+
+def test_normalised_latents_keep_the_reconstruction(sprites: Sprites) -> None:
+    """Unit variance is folded into the weights without any change of the output."""
+    torch.manual_seed(0)
+    vae = build_autoencoder()
+    generator = torch.Generator().manual_seed(0)
+    images = compose(sprites, balanced_indices(sprites, 64, generator), generator).images
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        normalise_latents(vae, sprites, count=64, seed=0)
+        posterior = vae.encode(images).latent_dist
+        after = vae.decode(posterior.mean).sample
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=0)
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(16), atol=0.2, rtol=0)
+
+
+def test_a_resumed_stage_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
+    """An interruption between two checkpoints leaves no trace in the result."""
+
+    def run(folder: Path, stop: int = 6) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = nn.Linear(4, 1)
+        stage = Stage("toy", module, folder, steps=6, lr=1e-2, generator=torch.Generator().manual_seed(1), save_every=0)
+
+        def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+            if stage.step == stop:
+                raise KeyboardInterrupt
+            return module(torch.randn(8, 4, generator=generator)).square().mean(), {}
+
+        stage.run(loss_of)
+        return module.weight.detach()
+
+    assert cosine(0, 10, 2, 0.1) == 0.5
+    assert cosine(10, 10, 2, 0.1) == pytest.approx(0.1)
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", stop=3)
+    assert torch.equal(run(tmp_path / "broken"), whole)
+    assert torch.equal(run(tmp_path / "broken"), whole)
+
+
+def test_all_stages_from_nothing(sprites: Sprites, tmp_path: Path) -> None:
+    """Three updates of everything leave a pipeline that loads and generates."""
+    recipe = Recipe(batch=4, vae_steps=3, decoder_steps=2, latents=16, denoiser_steps=3, fresh=8)
+    work, out = tmp_path / "work", tmp_path / "out"
+    train(sprites, recipe, ("vae", "decoder", "denoiser", "export"), work, out)
+    pipeline = StableDiffusionPipeline.from_pretrained(out / "pipeline", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.safety_checker is None
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(
+        ["an owl"] * 2, num_inference_steps=2, guidance_scale=4.0, generator=generator, output_type="pt"
+    ).images
+    assert images.shape == (2, 3, 64, 64)
+    assert torch.isfinite(images).all()
+    assert (out / "samples.png").exists()

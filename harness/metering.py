@@ -47,11 +47,13 @@ class MeteredModel(DiffusionModel):
     def denoise(self, x_BCHW: Tensor, t: int, condition: Conditioning, adapter: Adapter) -> Tensor:
         """Counts the rows by kind."""
         rows = len(x_BCHW)
+        if _inside_backward():
+            # Counted first: a recomputation ends inside the denoiser, as soon as the last saved tensor is there.
+            self._meter.add(recomputed_rows=rows)
+            return self._inner.denoise(x_BCHW, t, condition, adapter)
         output = self._inner.denoise(x_BCHW, t, condition, adapter)
         if not output.requires_grad:
             self._meter.add(forward_rows=rows)
-        elif _inside_backward():
-            self._meter.add(recomputed_rows=rows)
         else:
             self._meter.add(gradient_rows=rows)
             output.register_hook(lambda gradient: self._meter.add(backward_rows=rows))

@@ -95,9 +95,9 @@ class StableDiffusion(DiffusionModel):
         return output
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Latents to pictures in [0, 1] nominally, float32."""
+        """Latents to pictures in [0, 1] nominally, at least float32."""
         images: Tensor = self.vae.decode(latents_BCHW / self.vae.config.scaling_factor, return_dict=False)[0]
-        return images.float() / 2 + 0.5
+        return images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Pictures to the mean of the posterior, scaled."""

@@ -89,17 +89,17 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         }
         for reward in scored
     ]
-    warnings = [line for line in narrative.over_optimisation(analysis) if "**fell**" in line]
     every = [judgement for found in analysis.secondary.values() for judgement in found]
     return {
         "title": f.markdown(_title(analysis)),
         "scope": narrative.scope(analysis),
         "incomplete": narrative.completeness(run),
+        "partial": any(not cell.counts for cell in run.cells) or not run.base.counts,
         "lead": narrative.lead(analysis),
         "verdicts": narrative.verdicts(analysis),
         "outcomes_lead": "Against the base model, on the same prompts and latents:",
         "outcomes": narrative.outcomes(analysis),
-        "warnings": warnings,
+        "warnings": narrative.warnings(analysis),
         "pictures": figures.pictures,
         "headline": tables.headline(analysis),
         "comparisons": tables.comparisons(analysis.primary),
@@ -129,7 +129,8 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
 def _title(analysis: Analysis) -> str:
     run = analysis.run
     rewards = f.joined(list(run.training_rewards))
-    return f"{' vs '.join(run.arms)} on {rewards} ({run.name}, data of {account.data_date(run)})"
+    arms = " vs ".join(run.arms) if len(run.arms) <= 3 else f"{len(run.arms)} methods"
+    return f"{arms} on {rewards} ({run.name}, data of {account.data_date(run)})"
 
 
 def _arms(analysis: Analysis) -> list[dict[str, object]]:

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from harness.report.analysis import Analysis
 from harness.report.captions import INTERVAL, Drawn, sample
@@ -86,7 +88,9 @@ def _panel(axes: Axes, analysis: Analysis, gains: list[Gain], look: dict[str, Lo
     axes.set_yticks(range(len(gains)), [gain.arm for gain in gains] if labels else [""] * len(gains))
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.spines["left"].set_visible(False)
-    axes.margins(x=0.08)
+    axes.use_sticky_edges = False
+    axes.margins(x=0.06)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     first = gains[0]
     info = analysis.rewards[first.reward]
     role = "trained on" if first.reward == first.training_reward else info.role
@@ -103,7 +107,7 @@ def _arm(axes: Axes, y: int, gain: Gain, look: Look) -> None:
     if np.isfinite(interval.estimate):
         axes.plot([interval.estimate] * 2, [y - 0.25, y + 0.25], color=INK, linewidth=2, zorder=3)
         text = fixed(interval.estimate, decimals(interval.half_width), sign=True)
-        axes.annotate(
+        label = axes.annotate(
             text,
             (interval.estimate, y - 0.27),
             (0, 1),
@@ -112,6 +116,7 @@ def _arm(axes: Axes, y: int, gain: Gain, look: Look) -> None:
             va="bottom",
             fontsize=8,
         )
+        label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     else:
         axes.text(0.5, y, "no data", transform=axes.get_yaxis_transform(), ha="center", va="center", color=GREY)
     heights = y + np.linspace(-SPREAD, SPREAD, max(len(gain.values), 1)) if len(gain.values) > 1 else [y]

@@ -17,6 +17,7 @@ from harness.stats.intervals import Interval
 from harness.stats.matrix import reward_correlations
 
 WIDTH, ROW = 1.08, 0.46
+HEAD, GAP = 0.85, 0.4
 COLUMNS = (
     *("arm", "training_reward", "reward", "gain_base_sd", "low", "high", "adjusted_p"),
     *("n", "prompts", "pictures"),
@@ -33,20 +34,19 @@ def heatmap(analysis: Analysis, name: str) -> Drawn | None:
         return None
     correlations = base_correlations(analysis)
     heights = [len(rows) * ROW for _, rows in blocks] + [len(columns) * 0.3]
-    total = sum(heights) + 0.42 * len(blocks) + 2.1
+    total = HEAD + sum(heights) + GAP * len(blocks) + 0.12
     figure = Figure(figsize=(2.2 + WIDTH * len(columns), total))
     labels = [f"{reward}\n({analysis.rewards[reward].role})" for reward in columns]
     norm, narrow = Normalize(-reach, reach), Normalize(-1, 1)
-    top = total - 0.95
+    top = total - HEAD
     left, width = 1.75 / figure.get_figwidth(), WIDTH * len(columns) / figure.get_figwidth()
     for i, ((title, rows), height) in enumerate(zip(blocks, heights[:-1], strict=True)):
         axes = figure.add_axes((left, (top - height) / total, width, height / total))
         _block(axes, rows, columns, norm, analysis)
-        axes.set_title(title, pad=42 if i == 0 else 4, fontsize=9.5)
+        axes.set_title(title, pad=36 if i == 0 else 4, fontsize=9.5)
         if i == 0:
             _top_labels(axes, labels)
-        top -= height + 0.42
-    top -= 0.35
+        top -= height + GAP
     axes = figure.add_axes((left, (top - heights[-1]) / total, width, heights[-1] / total))
     _correlations(axes, correlations, columns, narrow)
     caption = (

@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from harness.report.analysis import Analysis
 from harness.report.captions import Drawn, sample
 from harness.report.formatting import estimate, joined
 from harness.report.gains import SPENT, Curve
-from harness.report.style import GREY, Look, looks, roomy, zero_line
+from harness.report.style import BASE_COLOUR, GREY, Look, looks, roomy, zero_line
 from harness.stats.curves import band
 from harness.stats.intervals import Interval
 
@@ -48,7 +49,9 @@ def learning_curves(analysis: Analysis, name: str) -> Drawn | None:
         line[0].set_ylabel(f"gain ({analysis.unit(reward)}) →")
         rows += [row for curve in found for row in curve_rows(curve, analysis.unit(reward))]
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
+    handles.append(Line2D([], [], color=BASE_COLOUR, linewidth=1.2))
+    labels.append("base model")
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 7))
     data = pd.DataFrame(rows, columns=list(COLUMNS))
     caption = (
         "Gain on the training reward on held-out prompts against what training had really spent. Thin: one training "
@@ -100,6 +103,7 @@ def _panel(axes: Axes, currency: str, curves: list[Curve], look: dict[str, Look]
     axes.grid(axis="both", which="major")
     zero_line(axes, vertical=False)
     ticks: set[float] = set()
+    shade = 0.15 if len(curves) <= 3 else 0.08
     for curve in curves:
         x = curve.spent[currency]
         if not curve.seeds or not (x > 0).any():
@@ -109,9 +113,8 @@ def _panel(axes: Axes, currency: str, curves: list[Curve], look: dict[str, Look]
             axes.plot(x[i], curve.values[i], color=drawn.colour, linewidth=0.8, alpha=0.45, zorder=2)
         intervals = bands(curve)
         middle = centre(x)
-        axes.fill_between(
-            middle, [v.low for v in intervals], [v.high for v in intervals], color=drawn.colour, alpha=0.15, linewidth=0
-        )
+        low, high = [v.low for v in intervals], [v.high for v in intervals]
+        axes.fill_between(middle, low, high, color=drawn.colour, alpha=shade, linewidth=0)
         axes.plot(
             middle, [v.estimate for v in intervals], drawn.line, color=drawn.colour, marker=drawn.marker, markersize=5,
             markeredgecolor="white", markeredgewidth=0.6, linewidth=2.2, label=curve.arm, zorder=3,

@@ -35,7 +35,7 @@ def lead(analysis: Analysis) -> str:
     """What the verdicts compare."""
     budget = analysis.run.plan.get("budget", {}).get("unit", "budget")
     names = [f.markdown(reward) for reward in analysis.run.training_rewards]
-    what = names[0] if len(names) == 1 else f"the training reward, averaged over {f.joined(names)}"
+    what = names[0] if len(names) == 1 else f"the training reward, averaged over {f.joined(names)},"
     unit = "reward queries" if budget == "queries" else f.markdown(budget)
     return f"At equal {unit}, by the gain on {what} on prompts that no method trained on:"
 
@@ -76,14 +76,35 @@ def _side(interval: Interval) -> str:
     return " (interval below 0)" if interval.high < 0 else " (interval includes 0)"
 
 
+def warnings(analysis: Analysis) -> list[str]:
+    """One sentence per training reward and measure that fell while the reward rose, naming every such method."""
+    result = []
+    for reward in analysis.run.training_rewards:
+        for name in analysis.witnesses(reward):
+            found = []
+            for arm, matrix in analysis.matrices.items():
+                i, j = matrix.rows.index(reward), matrix.columns.index(name)
+                rose = reward in analysis.rewards and matrix.cells[i][matrix.columns.index(reward)].low > 0
+                gain = analysis.final(arm, reward, name)
+                if rose and matrix.adjusted_p[i, j] < ALPHA and gain.interval.estimate < 0:
+                    found.append(f"**{f.markdown(arm)}** {f.estimate(gain.interval)}")
+            if found:
+                base = f.significant(analysis.final(analysis.run.arms[0], reward, name).base_mean)
+                result.append(
+                    f"**Bought at a price**: while {f.markdown(reward)} rose, {f.markdown(name)} "
+                    f"({analysis.rewards[name].role}, base {base}) fell with {f.joined(found)}."
+                )
+    return result
+
+
 def over_optimisation(analysis: Analysis) -> list[str]:
     """For every method and training reward: did held-out and gold measures fall while the proxy rose?"""
     result = []
     for reward in analysis.run.training_rewards:
         for arm in analysis.run.arms:
-            text = _witnessed(analysis, arm, reward)
-            if text:
-                result.append(text)
+            found = _witnessed(analysis, arm, reward)
+            if found:
+                result.append(found)
     return result
 
 
@@ -113,7 +134,9 @@ def _witnessed(analysis: Analysis, arm: str, reward: str) -> str:
         return ""
     start = f"**{f.markdown(arm)}** trained on {f.markdown(reward)}: "
     start += f"while the training reward rose ({f.estimate(proxy)} base SD), " if rose else ""
-    start += "" if rose else f"no rise of the training reward was shown ({f.estimate(proxy)} base SD); "
+    if not rose:
+        start += "the training reward fell" if proxy.high < 0 else "no rise of the training reward was shown"
+        start += f" ({f.estimate(proxy)} base SD); "
     warning = " Part of the reward was gained at the expense of what it stands for." if fell and rose else ""
     return f"{start}{'; '.join(parts)}.{warning}"
 

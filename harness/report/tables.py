@@ -127,7 +127,8 @@ def comparisons(judgements: Sequence[Judgement], name: str = "table-2-comparison
     note = (
         "Positive: the method gains more than the reference. p: exact permutation of seeds within training rewards; "
         "adjusted p: Holm over these comparisons; simultaneous: Bonferroni over them. P(better): chance that a seed of "
-        "the method beats one of the reference."
+        "the method beats one of the reference. Verdicts rest on adjusted p and P(better), not on the "
+        "unadjusted interval."
     )
     return Table(name, headers, tuple(rows), data, note)
 

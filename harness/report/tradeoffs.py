@@ -89,9 +89,9 @@ def _panel(
     axes.axhline(base, color=BASE_COLOUR, linewidth=0.8, zorder=1)
     for arm, mine in rows.groupby("arm", sort=False):
         _arm(axes, str(arm), mine, base, look[str(arm)])
-    axes.plot(0, base, "D", color=BASE_COLOUR, markersize=6, zorder=5, label="base model")
+    axes.plot(0, base, "D", color=BASE_COLOUR, markersize=6, zorder=2.5, label="base model")
     if measure == DIVERSITY:
-        axes.set_title("diversity")
+        axes.set_title("diversity within prompts")
         axes.set_ylabel("Vendi score →")
     else:
         axes.set_title(f"{measure} ({analysis.rewards[measure].role})")

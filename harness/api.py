@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from harness.config import AdapterConfig, SamplerConfig
+from harness.cost import Cost, CostRange
 from harness.errors import Diverged, UserError
 from harness.prompts import Prompt, PromptSuite
 from harness.randomness import Randomness
@@ -272,51 +273,6 @@ class Embedding(ABC):
     @abstractmethod
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Vectors (B, D), float32, of pictures in [0, 1]; compared by their cosine."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What was, or will be, spent. Rows count guidance twice; rows of different kinds are counted apart.
-
-    Attributes:
-        forward_rows: Denoiser rows without gradient.
-        gradient_rows: Denoiser rows whose graph was kept (or checkpointed) for a backward pass.
-        recomputed_rows: Rows computed again by gradient checkpointing.
-        backward_rows: Rows that a backward pass went through.
-        decodes: Latents decoded to pictures.
-        queries: Pictures scored, times component rewards.
-        reward_gradients: Of these, how many gave a gradient.
-    """
-
-    forward_rows: float = 0
-    gradient_rows: float = 0
-    recomputed_rows: float = 0
-    backward_rows: float = 0
-    decodes: float = 0
-    queries: float = 0
-    reward_gradients: float = 0
-
-    @property
-    def denoiser_rows(self) -> float:
-        """All passes of rows through the denoiser: forward, recomputed and backward."""
-        return self.forward_rows + self.gradient_rows + self.recomputed_rows + self.backward_rows
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __sub__(self, other: Cost) -> Cost:
-        return self + other * -1
-
-    def __mul__(self, factor: float) -> Cost:
-        return Cost(*(getattr(self, f.name) * factor for f in fields(self)))
-
-
-@dataclass(frozen=True)
-class CostRange:
-    """Cost of one iteration: what to expect, and what it can at most be (they differ where a method draws lengths)."""
-
-    expected: Cost
-    maximal: Cost
 
 
 @dataclass(frozen=True)

@@ -374,7 +374,10 @@ class FineTuner(ABC):
 
     @abstractmethod
     def planned_cost(self) -> CostRange:
-        """Cost of one iteration, for --dry-run, for the stop rule, and checked against the meter by tests."""
+        """Cost of one iteration, for --dry-run, for the stop rule, and checked against the meter by tests.
+
+        Queries are those of a reward with one component; the harness multiplies by the number of components.
+        """
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], generation: Generation) -> Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from harness.stats.gate import GateOutcome, gate
+from harness.stats.power import detectable_difference
 from harness.stats.verdict import Judgement, Pair, Procedure, Verdict, judge
 
 CENTRED = np.array([-1.0, -0.4, 0.1, 0.5, 0.8])
@@ -66,11 +67,12 @@ def test_rewards_together_decide_with_few_seeds() -> None:
 
 
 def test_both_conditions_are_needed() -> None:
-    """A small p with an interval of P(better) that includes one half is not called better."""
-    a, b = [[0.0, 0.1, 3.0, 3.1]] * 2, [[0.05, 0.15, 0.2, 0.25]] * 2
-    result = judge_one(a, b, Procedure.WELCH)
-    assert result.verdict in (Verdict.NOT_SEPARATED, Verdict.TOO_FEW_SEEDS)
-    assert not result.probability.excludes(0.5)
+    """A large gain on one reward with a sure loss on the other has a small p and is still not called better."""
+    result = judge_one([CENTRED / 10 + 9, CENTRED / 10 - 1], [CENTRED / 10, CENTRED / 10])
+    assert result.adjusted_p < 0.001
+    assert result.probability.estimate == 0.5
+    assert result.verdict is Verdict.NOT_SEPARATED
+    assert "compatible with one half" in result.sentence
 
 
 def test_two_seeds_never_separate() -> None:
@@ -94,6 +96,7 @@ def test_missing_arms_stay_in_the_family() -> None:
     )
     assert absent.verdict is Verdict.TOO_FEW_SEEDS
     assert present.adjusted_p == pytest.approx(2 * present.comparison.p)
+    assert present.detectable == pytest.approx(detectable_difference(present.difference, alpha=0.025))
     assert present.simultaneous.level == pytest.approx(0.975)
     assert present.simultaneous.half_width > present.difference.half_width
 

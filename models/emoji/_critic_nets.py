@@ -49,7 +49,7 @@ def build(name: str, labels: Sequence[str], tokens: int = 0) -> nn.Module:
         "eos_token_id": tokens - 1,
         "pad_token_id": tokens - 1,
         "max_position_embeddings": CAPTION_TOKENS,
-        "intermediate_size": 256,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
@@ -86,7 +86,7 @@ def build(name: str, labels: Sequence[str], tokens: int = 0) -> nn.Module:
         tower = _convnext(transformers, [32, 64, 128], [1, 1, 2]) if name == "clip" else _levit(transformers)
         config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
             tower,
-            transformers.CLIPTextConfig(hidden_size=96 if name == "clip" else 64, **words),
+            transformers.CLIPTextConfig(hidden_size=64, **words),
             projection_dim=64,
             **NORMALISATION,
         )

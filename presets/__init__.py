@@ -1,0 +1,1 @@
+"""Named experiments, one YAML file each; `python -m harness list presets` shows them."""

@@ -6,6 +6,7 @@ stopped and in which picture the reward sees. A method of the family is its `obj
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,22 +88,20 @@ class RewardGradientTuner(TrainedFineTuner, Generic[ConfigT]):
             losses.append(objective.loss.detach())
             rewards.append(objective.reward.detach())
         reward = torch.cat(rewards).mean().item()
-        if reward != reward:
-            raise Diverged("the reward of the training pictures is not a number")
+        if not math.isfinite(reward):
+            raise Diverged(f"the reward of the training pictures is {reward}")
         norm = self.optimizer.step()
         return {"reward": reward, "loss": torch.cat(losses).mean().item(), "gradient_norm": norm}
 
     def chain(self, batch: Batch, gradient_steps: int, stop: int | None = None) -> Tensor:
         """Latents after the chain, with the gradient through its last `gradient_steps` steps."""
-        rows = len(batch.requests) * self.rows_per_picture
-        checkpointing = self.context.checkpointing(gradient_steps, rows)
         return sample(
             self.model,
             batch.noise,
             batch.condition,
             self.context.sampler,
             gradient_steps=gradient_steps,
-            checkpointing=checkpointing,
+            checkpointing=self.checkpointed(gradient_steps),
             stop=stop,
         )
 
@@ -115,16 +114,19 @@ class RewardGradientTuner(TrainedFineTuner, Generic[ConfigT]):
         """Denoiser rows of one prediction: two with classifier-free guidance."""
         return 1 if self.context.sampler.guidance == 1.0 else 2
 
+    def checkpointed(self, gradient_steps: int) -> bool:
+        """Whether chains are checkpointed: one decision by the largest batch, so that the cost is known beforehand."""
+        in_memory = min(self.config.batch_size, self.context.micro_batch) * self.rows_per_picture
+        return self.context.checkpointing(gradient_steps, in_memory)
+
     def chain_cost(self, gradient_steps: int, forward_steps: int) -> Cost:
         """Denoiser rows of one iteration's chains."""
         pictures = self.config.batch_size
         rows = pictures * self.rows_per_picture
-        in_memory = min(pictures, self.context.micro_batch) * self.rows_per_picture
-        checkpointed = self.context.checkpointing(gradient_steps, in_memory)
         return Cost(
             forward_rows=rows * forward_steps,
             gradient_rows=rows * gradient_steps,
-            recomputed_rows=rows * gradient_steps if checkpointed else 0,
+            recomputed_rows=rows * gradient_steps if self.checkpointed(gradient_steps) else 0,
             backward_rows=rows * gradient_steps,
         )
 

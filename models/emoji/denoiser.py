@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from models.emoji.loop import Stage, save_atomically
 from models.emoji.text import MAX_LENGTH, WIDTH, build_text_encoder
 
 # Less freedom than the autoencoder sees, and no mirror images: on a CPU the denoiser has to learn the
-# shapes themselves first, and every further pose is one more shape.
-PLACEMENT = Jitter(scale=(0.84, 0.92), shift=2.0, flip=0.0)
+# shapes themselves first, and every further pose is one more shape. A latent covers 8 pixels, so that a
+# shift of two changes all of them; the tight placement that follows the loose one is what makes outlines
+# settle.
+LOOSE = Jitter(scale=(0.84, 0.92), shift=2.0, flip=0.0)
+TIGHT = Jitter(scale=(0.87, 0.89), shift=0.5, flip=0.0)
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,16 @@ def build_scheduler() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def encode_set(vae: AutoencoderKL, sprites: Sprites, path: Path, *, count: int, seed: int) -> LatentSet:
+def encode_set(
+    vae: AutoencoderKL, sprites: Sprites, path: Path, placement: Jitter, *, count: int, seed: int
+) -> LatentSet:
     """Return `count` encoded compositions (posterior means), from `path` if they are stored there."""
     if not path.exists():
         generator = torch.Generator().manual_seed(seed)
         latents, name_id, style_id, colour_id = [], [], [], []
         for start in range(0, count, 64):
             rows = balanced_indices(sprites, min(64, count - start), generator)
-            batch = compose(sprites, rows, generator, PLACEMENT)
+            batch = compose(sprites, rows, generator, placement)
             images = batch.images.contiguous(memory_format=torch.channels_last)
             latents.append(vae.encode(images).latent_dist.mean.contiguous())
             name_id.append(batch.name_id)
@@ -123,7 +129,7 @@ class Denoiser(nn.Module):
 
 
 def train_denoiser(
-    latents: LatentSet,
+    phases: Sequence[tuple[int, LatentSet]],
     tokenizer: CLIPTokenizer,
     names: tuple[str, ...],
     folder: Path,
@@ -141,9 +147,9 @@ def train_denoiser(
     sampling steps decide on the shape.
 
     Args:
-        latents: the training set.
+        phases: training sets in their order, each with the update that it begins at; the first with 0.
         tokenizer: of the captions.
-        names: the vocabulary that `latents.name_id` points into.
+        names: the vocabulary that `name_id` points into.
         folder: where the checkpoint goes.
         steps: planned number of updates.
         batch: rows per update.
@@ -157,17 +163,19 @@ def train_denoiser(
     table = token_table(tokenizer, names)
     empty = tokenizer([""], padding="max_length", max_length=MAX_LENGTH)["input_ids"]
     nothing = torch.tensor(empty)
-    # Every name equally often, whatever the stored set drew.
-    weight = 1.0 / torch.bincount(latents.name_id, minlength=len(names)).double()[latents.name_id]
+    # Every name equally often, whatever the stored sets drew.
+    weights = [1.0 / torch.bincount(part.name_id, minlength=len(names)).double()[part.name_id] for _, part in phases]
 
     def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         def chance(p: float) -> Tensor:
             return torch.rand(batch, generator=generator) < p
 
-        rows = torch.multinomial(weight, batch, replacement=True, generator=generator)
+        phase = sum(stage.step >= start for start, _ in phases) - 1
+        latents = phases[phase][1]
+        rows = torch.multinomial(weights[phase], batch, replacement=True, generator=generator)
         clean = latents.latents[rows]
-        style = torch.where(chance(PLACEMENT.name_style), latents.style_id[rows], len(STYLES))
-        colour = torch.where(chance(PLACEMENT.name_colour), latents.colour_id[rows], len(COLOURS))
+        style = torch.where(chance(LOOSE.name_style), latents.style_id[rows], len(STYLES))
+        colour = torch.where(chance(LOOSE.name_colour), latents.colour_id[rows], len(COLOURS))
         tokens = table[latents.name_id[rows], style, colour]
         tokens = torch.where(chance(drop)[:, None], nothing, tokens)
         timestep = torch.randint(len(alphas), (batch,), generator=generator)

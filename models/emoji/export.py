@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -20,7 +21,7 @@ from models.emoji.denoiser import Denoiser, build_scheduler
 def export_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer, denoiser: Denoiser, folder: Path) -> None:
     """Write the pipeline as fp16 safetensors; the modules passed in are left in fp16."""
     pipeline = StableDiffusionPipeline(
-        vae=vae.to(torch.float16, memory_format=torch.contiguous_format),
+        vae=vae.to(memory_format=torch.contiguous_format).half(),
         text_encoder=denoiser.text_encoder.half(),
         tokenizer=tokenizer,
         unet=denoiser.unet.half(),
@@ -30,10 +31,18 @@ def export_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer, denoiser: Deno
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    prefix_text_weights(folder / "text_encoder" / "model.safetensors")
     # Older versions of transformers look for these beside `tokenizer.json`.
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
         source = Path(tokenizer.name_or_path) / name
         (folder / "tokenizer" / name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def prefix_text_weights(path: Path) -> None:
+    """Name the text encoder's weights as transformers 4 does: 5 saves without the prefix, but reads both."""
+    prefix = "text_model."
+    tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:

@@ -144,7 +144,7 @@ class Stage:
                 group["lr"] = self.lr * cosine(self.step, self.steps, self.warmup, self.final)
             loss, figures = loss_of(self.generator)
             self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(self.trained, 1.0)
             self.optimiser.step()
             self.average.update(self.module)

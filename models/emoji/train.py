@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer
 
 from models.emoji.autoencoder import normalise_latents, train_autoencoder, train_decoder
 from models.emoji.data import COLOURS, STYLES, Sprites, caption, load_sprites
-from models.emoji.denoiser import Denoiser, build_unet, encode_set, train_denoiser
+from models.emoji.denoiser import LOOSE, TIGHT, Denoiser, build_unet, encode_set, train_denoiser
 from models.emoji.export import (
     checksums,
     export_pipeline,
@@ -46,7 +46,8 @@ class Recipe:
         vae_lr: peak learning rate of that stage.
         decoder_steps: further updates of the decoder alone.
         decoder_lr: peak learning rate of that stage.
-        latents: compositions encoded for the denoiser.
+        latents: compositions encoded for the denoiser, loosely placed; half as many tightly placed.
+        loose_steps: updates of the denoiser on the loose ones, before the tight ones take over.
         denoiser_steps: updates of UNet and text encoder.
         denoiser_lr: peak learning rate of that stage.
         fresh: compositions that a PSNR is measured on.
@@ -54,12 +55,13 @@ class Recipe:
 
     seed: int = 0
     batch: int = 16
-    vae_steps: int = 4600
+    vae_steps: int = 3200
     vae_lr: float = 2e-3
-    decoder_steps: int = 6000
-    decoder_lr: float = 1e-3
+    decoder_steps: int = 1800
+    decoder_lr: float = 5e-4
     latents: int = 24576
-    denoiser_steps: int = 17000
+    loose_steps: int = 6416
+    denoiser_steps: int = 13200
     denoiser_lr: float = 1e-3
     fresh: int = 256
 
@@ -107,11 +109,11 @@ def make_tokenizer(sprites: Sprites, work: Path) -> CLIPTokenizer:
 
 def stage_denoiser(sprites: Sprites, recipe: Recipe, work: Path) -> None:
     """Train UNet and text encoder on encoded compositions; the checkpoint holds the result."""
-    latents = encode_set(
-        load_vae(work / "vae"), sprites, work / "latents.pt", count=recipe.latents, seed=recipe.seed + 4
-    )
+    vae = load_vae(work / "vae")
+    loose = encode_set(vae, sprites, work / "latents.pt", LOOSE, count=recipe.latents, seed=recipe.seed + 4)
+    tight = encode_set(vae, sprites, work / "latents-tight.pt", TIGHT, count=recipe.latents // 2, seed=recipe.seed + 6)
     train_denoiser(
-        latents,
+        [(0, loose), (recipe.loose_steps, tight)],
         make_tokenizer(sprites, work),
         sprites.names,
         work,

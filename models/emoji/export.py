@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def export_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer, denoiser: Deno
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     prefix_text_weights(folder / "text_encoder" / "model.safetensors")
+    # diffusers notes where the autoencoder was loaded from, which is nobody's business.
+    config = folder / "vae" / "config.json"
+    settings = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     # Older versions of transformers look for these beside `tokenizer.json`.
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
         source = Path(tokenizer.name_or_path) / name

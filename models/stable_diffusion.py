@@ -113,6 +113,7 @@ class StableDiffusion(DiffusionModel):
         """
         if self._lora_layers:
             self.unet.delete_adapters("default")
+            self._lora_layers = []
         lora = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha or config.rank,

@@ -54,6 +54,7 @@ def save_tiny_pipeline(directory: Path, seed: int = 0, prediction_type: str = "e
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,
         timestep_spacing="trailing",
         prediction_type=prediction_type,
     )

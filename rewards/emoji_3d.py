@@ -17,7 +17,7 @@ class Emoji3d(Reward):
     """Log-odds that an emoji picture is in the 3D style (not flat, not simple).
 
     Formula: log p - log(1 - p) = z_3d - logsumexp(z_flat, z_simple), by a small ResNet trained on compositions in three
-    styles with cross-fades between them. Range: all reals, typically about -3 for flat and simple pictures and +3 for
+    styles with cross-fades between them. Range: all reals, typically about -4 for flat and simple pictures and +3 for
     3D ones, in natural-log units; 0 is undecided; larger is better. The prompt is not read. Pictures that are not 64x64
     are resized, antialiased.
     """

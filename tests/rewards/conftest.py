@@ -42,7 +42,7 @@ def prompts(labels: list[dict[str, str]]) -> list[Prompt]:
 
 
 @pytest.fixture(scope="session")
-def trained() -> dict[str, bool]:
-    """Which critics are trained to the end."""
-    figures = json.loads((CRITICS / "metrics.json").read_text(encoding="utf-8"))
-    return {name: bool(entry["trained"]) for name, entry in figures.items()}
+def figures() -> dict[str, dict[str, float]]:
+    """The stated figures of each critic that is trained to the end."""
+    content = json.loads((CRITICS / "metrics.json").read_text(encoding="utf-8"))
+    return {name: entry["figures"] for name, entry in content.items() if entry["trained"]}

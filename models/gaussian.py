@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from harness.api import Adapter, AdapterConfig, Conditioning, DiffusionModel, Randomness
 
-
 PIPELINES = ()
 
 

@@ -1,0 +1,1 @@
+"""Speed of the parts of a run, by pytest-benchmark: `tox -e bench`."""

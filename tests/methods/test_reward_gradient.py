@@ -247,8 +247,8 @@ def test_draft_lv_by_hand(tiny_model: StableDiffusion, keep_base: bool, reductio
     metrics = tuner.iterate(batch)
     found = {name: p.grad for name, p in setup.inner.adapter_parameters().items() if p.grad is not None}
     assert_close(found, expected)
-    assert metrics["reward"] == pytest.approx(float(rewards[0]), abs=1e-12)
-    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-12)
+    assert metrics["reward"] == pytest.approx(rewards[0].item(), abs=1e-12)
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-12)
 
 
 def test_draft_lv_renoises_each_loop_anew(gaussian: GaussianModel) -> None:

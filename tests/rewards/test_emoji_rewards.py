@@ -154,7 +154,7 @@ def test_the_right_animal_aligns_best(
     labels: list[dict[str, str]],
     figures: dict[str, dict[str, float]],
 ) -> None:
-    """In half of the pictures or more (chance: 3 of 24) the caption of the shown animal beats those of the other seven."""
+    """In half of the pictures or more (chance: 3 of 24) the shown animal beats the other seven."""
     if critic not in figures:
         pytest.skip(f"metrics.json says that {critic} is untrained")
     names = [row["object"] for row in labels[:8]]

@@ -37,7 +37,7 @@ def lead(analysis: Analysis) -> str:
     names = [f.markdown(reward) for reward in analysis.run.training_rewards]
     what = names[0] if len(names) == 1 else f"the training reward, averaged over {f.joined(names)},"
     unit = "reward queries" if budget == "queries" else f.markdown(budget)
-    return f"At equal {unit}, by the gain on {what} on prompts that no method trained on:"
+    return f"With the same budget of {unit}, by the gain on {what} on prompts that no method trained on:"
 
 
 def verdicts(analysis: Analysis) -> list[str]:

@@ -75,9 +75,7 @@ def run(
     resolved = resolve(passed)
 
     from harness.benchmark import plan, run_benchmark
-    from harness.executors.local import quiet_libraries
 
-    quiet_libraries()
     if dry_run:
         from harness.estimate import describe_cost
 
@@ -126,7 +124,7 @@ def list_(
     kind: Annotated[str, typer.Argument(help="methods, rewards, suites, models or presets.")],
 ) -> None:
     """List what can be named on the command line."""
-    from harness.config import load_yaml, nearest, presets
+    from harness.errors import nearest
     from harness.registry import discover, embedded_models, find_model
 
     if kind in ("methods", "rewards", "suites"):
@@ -136,6 +134,8 @@ def list_(
         rows += [(find_model("gaussian").name, "test", "closed-form Gaussian, no weights")]
         rows += [("PATH", "", "a directory in the layout of a diffusers StableDiffusionPipeline, or a hub id")]
     elif kind == "presets":
+        from harness.config import load_yaml, presets
+
         rows = [(name, "", str(load_yaml(path, "preset").get("description", ""))) for name, path in presets().items()]
     else:
         known = ["methods", "rewards", "suites", "models", "presets"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 from harness.prompts import Split
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
@@ -55,7 +54,7 @@ class BudgetConfig(BaseModel):
     unit: Literal["queries", "denoiser_rows", "iterations", "seconds"] = Field(
         "queries", description="What is counted; a cell stops before an iteration that could exceed the amount."
     )
-    amount: float = Field(256, gt=0, description="How much of it.")
+    amount: float = Field(256, gt=0, allow_inf_nan=False, description="How much of it.")
     curve_points: tuple[float, ...] = Field(
         (32, 64, 128), description="Where along training the model is evaluated, in the budget's unit."
     )
@@ -74,6 +73,13 @@ class EvaluationConfig(BaseModel):
     diversity_prompts: int = Field(4, ge=0, description="Prompts of the diversity block (of the last split above).")
     diversity_latents: int = Field(8, ge=2, description="Pictures per prompt of the diversity block.")
     batch: int = Field(16, ge=1, description="Pictures per batch; part of the evaluation's identity.")
+
+    @field_validator("prompts")
+    @classmethod
+    def _some(cls, prompts: dict[Split, int]) -> dict[Split, int]:
+        if not prompts or min(prompts.values()) < 1:
+            raise ValueError("each split that is named needs at least one prompt")
+        return prompts
 
 
 class ArmConfig(BaseModel):
@@ -137,6 +143,8 @@ class RunConfig(BaseModel):
             raise UserError("nothing to run: give --methods draft,ddpo (`python -m harness list methods`) or --arm")
         labels = [arm.label for arm in arms]
         for label in labels:
+            if label == "base":
+                raise UserError("no arm can be labelled 'base': that is the model before training; take another label")
             if labels.count(label) > 1:
                 raise UserError(f"two arms are labelled {label!r}; give each --arm a label of its own")
         return arms
@@ -146,30 +154,22 @@ def _plugin_label(name: str) -> str:
     return Path(name.partition(":")[0]).stem if name.partition(":")[0].endswith(".py") else name
 
 
-def nearest(word: str, choices: Sequence[str]) -> str:
-    """A hint such as `did you mean 'draft-k'?`, with all choices behind it."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(choices) or 'none'}"
-
-
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`5` is seeds 0 to 4, `0,3,7` a list, `1000-1004` a range.
 
     Raises:
         UserError: The text is none of these.
     """
-    try:
-        if "," in text:
-            return tuple(int(part) for part in text.split(",") if part.strip())
-        if match := re.fullmatch(r"(\d+)-(\d+)", text.strip()):
-            return tuple(range(int(match[1]), int(match[2]) + 1))
-        count = int(text)
-    except ValueError:
-        raise UserError(f"--seeds {text!r}: give a count (5), a list (0,3,7) or a range (5-9)") from None
-    if count < 1:
-        raise UserError("--seeds must be at least 1")
-    return tuple(range(count))
+    seeds: tuple[int, ...] = ()
+    if re.fullmatch(r"\s*\d+\s*", text):
+        seeds = tuple(range(int(text)))
+    elif match := re.fullmatch(r"\s*(\d+)-(\d+)\s*", text):
+        seeds = tuple(range(int(match[1]), int(match[2]) + 1))
+    elif re.fullmatch(r"[\d\s]+(,[\d\s]*)+", text):
+        seeds = tuple(int(part) for part in text.split(",") if part.strip())
+    if not seeds:
+        raise UserError(f"--seeds {text!r}: give a count (5), a list (0,3,7) or a range (5-9) of seeds from 0 on")
+    return seeds
 
 
 def parse_arm(text: str) -> ArmConfig:
@@ -185,7 +185,7 @@ def parse_arm(text: str) -> ArmConfig:
     overrides: dict[str, Any] = {}
     for word in words[1:]:
         key, _, value = word.partition("=")
-        _assign(overrides, key.split("."), yaml.safe_load(value))
+        _assign(overrides, key.split("."), _scalar(f"--arm {text!r}", value))
     return ArmConfig(label=label.strip(), method=words[0], overrides=overrides)
 
 
@@ -215,16 +215,24 @@ def parse_set(items: Sequence[str]) -> dict[str, Any]:
         path = key.strip().split(".")
         if len(path) > 1 and path[0] not in RUN_SECTIONS:
             path = ["settings", *path]
-        try:
-            _assign(result, path, yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise UserError(f"--set {item!r}: the value is no YAML scalar or list") from None
+        _assign(result, path, _scalar(f"--set {item!r}", value))
     return result
+
+
+def _scalar(where: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{where}: the value {value!r} is no YAML scalar or list") from None
 
 
 def _assign(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(
+                f"{key} is given a value and, as {'.'.join(path)}, settings of its own; give one of the two"
+            )
     tree[path[-1]] = value
 
 
@@ -277,8 +285,8 @@ def resolve(passed: Mapping[str, Any]) -> RunConfig:
         raise UserError(explain(error, RunConfig)) from None
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
-    """The first problem of a validation in one sentence, with the nearest known name."""
+def explain(error: ValidationError, model: type[BaseModel], where: str = "", also: Sequence[str] = ()) -> str:
+    """The first problem of a validation in one sentence, with the nearest known name (of a field, or of `also`)."""
     problem = error.errors()[0]
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -287,5 +295,5 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> 
         for part in problem["loc"][:-1]:
             field = getattr(owner, "model_fields", {}).get(str(part))
             owner = field.annotation if field is not None else owner
-        return f"there is no setting {where}{path}; {nearest(unknown, list(getattr(owner, 'model_fields', {})))}"
+        return f"there is no setting {where}{path}; {nearest(unknown, [*getattr(owner, 'model_fields', {}), *also])}"
     return f"{where}{path}={problem['input']!r}: {problem['msg'].lower()}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """A mistake in what was asked for; the message says what is wrong and what to do, and no traceback is shown."""
@@ -13,3 +16,10 @@ class CellsFailed(RuntimeError):  # noqa: N818 - reads as what happened
 
 class Diverged(RuntimeError):  # noqa: N818 - a state of a cell, not a fault
     """Training left the finite numbers (NaN or infinite reward, loss or gradient): the cell ends as `diverged`."""
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """A hint such as `did you mean 'draft-k'?`, with all choices behind it."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(choices) or 'none'}"

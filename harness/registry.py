@@ -17,8 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from harness.config import nearest
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -250,6 +249,9 @@ def _pipeline_class(location: str) -> str:
 def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, revision: str | None) -> DiffusionModel:
     """Read a model's weights onto a device."""
     module = importlib.import_module(source.module)
+    for library in ("diffusers", "transformers"):  # their loading bars would tear ours
+        if library in sys.modules:
+            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
     model: DiffusionModel = module.load(source.location, device, dtype, revision)
     return model
 

@@ -39,7 +39,7 @@ def plan(config: RunConfig) -> Job:
     grid = Grid(config)
     run_dir = grid.run_directory()
     _refuse_changed(grid, run_dir)
-    todo = tuple(cell for cell in grid.cells if not _is_done(run_dir, cell))
+    todo = tuple(cell for cell in grid.cells if not _is_done(run_dir, cell, grid))
     workers = config.workers or default_workers(config)
     return Job(grid, run_dir, todo, max(1, min(workers, len(todo))))
 
@@ -59,7 +59,7 @@ def run_benchmark(
             run_cells(config, job.run_dir, job.todo, job.workers, _logging(job.run_dir, on_event)) if job.todo else {}
         )
         for cell in job.grid.cells:
-            record_drift(job.run_dir, cell.cell)
+            record_drift(job.run_dir, cell.cell, job.grid)
         if config.timing:
             _time_arms(job)
         from harness.report.build import build_report
@@ -83,17 +83,20 @@ def _logging(run_dir: Path, on_event: Callable[[Event], None]) -> Callable[[Even
             if event.kind == "crashed":
                 path = run_dir / "cells" / event.cell / "status.json"
                 store.write_json(path, {"state": "crashed", "reason": event.detail})
+                if not path.with_name("error.txt").exists():
+                    path.with_name("error.txt").write_text(event.detail + "\n", encoding="utf-8")
         on_event(event)
 
     return handle
 
 
-def _is_done(run_dir: Path, cell: Cell) -> bool:
+def _is_done(run_dir: Path, cell: Cell, grid: Grid) -> bool:
     status = store.read_json(run_dir / "cells" / cell.cell / "status.json")
+    scored = status.get("evaluation_rewards", {})
     return (
         status.get("state") in ("completed", "diverged")
         and status.get("training_hash") == cell.training_hash
-        and status.get("evaluation_hash") == cell.evaluation_hash
+        and all(scored.get(name) == reward.version for name, reward in grid.rewards.items())
     )
 
 
@@ -103,16 +106,12 @@ def _refuse_changed(grid: Grid, run_dir: Path) -> None:
         stored = store.read_json(run_dir / "cells" / cell.cell / "identity.json")
         if not stored:
             continue
-        now = {
-            "training": grid.training_identity(grid.arms[cell.arm], cell.reward, cell.seed),
-            "evaluation": grid.evaluation_identity(),
-        }
-        # A reward that was added to the evaluation scores the stored pictures; nothing else may differ.
-        known = stored["evaluation"]["rewards"]
-        now["evaluation"] = {
-            **now["evaluation"],
-            "rewards": {name: v for name, v in now["evaluation"]["rewards"].items() if name in known},
-        }
+        now = grid.identity(cell)
+        # A reward that was added scores the stored pictures, and one that is not asked for any more keeps its scores;
+        # nothing else may differ.
+        both = stored["evaluation"]["rewards"].keys() & grid.rewards.keys()
+        for evaluation in (stored["evaluation"], now["evaluation"]):
+            evaluation["rewards"] = {name: v for name, v in evaluation["rewards"].items() if name in both}
         changes = _differences(_plain(stored), _plain(now))
         if changes:
             raise UserError(
@@ -131,6 +130,9 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(dict.fromkeys([*old, *new]))
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    if lists and any(isinstance(item, dict) for item in old):
+        return _differences(dict(enumerate(old)), dict(enumerate(new)), path)
     return [] if old == new else [f"{path} was {old!r} and is now {new!r}"]
 
 
@@ -158,7 +160,7 @@ def _union(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], key: st
     return list(merged.values())
 
 
-def record_drift(run_dir: Path, cell: str) -> None:
+def record_drift(run_dir: Path, cell: str, grid: Grid) -> None:
     """Add a cell's drift from the base to its metrics, from the latents that both stored."""
     directory, base = run_dir / "cells" / cell, run_dir / "cells" / BASE_CELL
     paths = [
@@ -172,13 +174,12 @@ def record_drift(run_dir: Path, cell: str) -> None:
     metrics = pd.read_parquet(directory / "metrics.parquet")
     if (metrics["metric"] == "drift_latent_rms").any():
         return
-    scores = pd.read_parquet(directory / "scores.parquet")
-    pairs = scores[scores["point"] == "final"].drop_duplicates(["split", "prompt_id", "noise_id"])
+    # Latents are stored in the order of the evaluation; scores need not be, since a reward may not apply to a prompt.
+    prompts = [p.id for part in grid.evaluated.values() for p in part for _ in range(grid.config.evaluation.latents)]
     drift = root_mean_square(np.load(paths[0])["latents"], np.load(paths[1])["latents"])
-    by_prompt = pd.DataFrame({"prompt_id": pairs["prompt_id"].to_numpy(), "value": drift}).groupby(
-        "prompt_id", sort=False
-    )["value"]
-    first = pairs.iloc[0]
+    by_prompt = pd.DataFrame({"prompt_id": prompts, "value": drift}).groupby("prompt_id", sort=False)["value"]
+    scores = pd.read_parquet(directory / "scores.parquet")
+    first = scores[scores["point"] == "final"].iloc[0]
     rows = [
         {
             **{name: first[name] for name in ("cell", "arm", "method", "training_reward", "seed", "variant")},

@@ -18,7 +18,8 @@ from safetensors.torch import save
 from harness import store
 from harness.api import BASE, CostRange, Diverged, Generation, Prompt, Randomness, Request, TrainedFineTuner
 from harness.context import CellContext
-from harness.evaluation import Evaluated, Evaluator, load_pictures, save_pictures
+from harness.errors import UserError
+from harness.evaluation import Evaluated, Evaluator, load_pictures, save_pictures, to_8_bit
 from harness.grid import BASE_CELL, Cell, Grid
 from harness.metering import Meter, MeteredModel, TrainingReward
 from harness.registry import load_embedding
@@ -85,6 +86,8 @@ def run_cell(workshop: Workshop, cell: Cell, run_dir: Path, progress: Progress) 
     if status.get("state") in ("completed", "diverged") and status.get("training_hash") == cell.training_hash:
         _score_missing_rewards(workshop, cell, directory, status)
         return str(status["state"])
+    for name in ("status.json", "error.txt"):  # of an attempt that crashed
+        (directory / name).unlink(missing_ok=True)
     if cell.cell == BASE_CELL:
         return _run_base(workshop, cell, directory, progress)
     return CellRun(workshop, cell, directory, progress).run()
@@ -105,6 +108,7 @@ def _run_base(workshop: Workshop, cell: Cell, directory: Path, progress: Progres
     evaluated = evaluator.final_requests()
     pictures, latents = evaluator.pictures(generate, [e.request for e in evaluated], report)
     identity = {"cell": BASE_CELL, "arm": BASE_CELL, "method": BASE_CELL, "training_reward": "", "seed": -1}
+    store.write_json(directory / "identity.json", workshop.grid.identity(cell))
     _write_final(workshop, directory, identity, {}, evaluated, pictures, latents)
     _write_metrics(directory, identity, evaluator.diversity(generate))
     seconds = {"train": 0.0, "evaluate": time.perf_counter() - clock}
@@ -120,6 +124,7 @@ class CellRun:
         grid = workshop.grid
         self.arm, self.config = grid.arms[cell.arm], grid.config
         self.meter, self.spent, self.started = Meter(), Spent(), store.utc_now()
+        self.state, self.reason = "", ""  # how training ended, once it has
         model = workshop.model
         # Every seed's adapter starts from the same values for all methods.
         model.add_adapter(self.config.adapter, Randomness(cell.seed, "initial adapter"))
@@ -139,33 +144,36 @@ class CellRun:
     def run(self) -> str:
         """Train until the budget is spent, evaluating on the way, then evaluate the end."""
         self._resume()
-        store.write_json(
-            self.directory / "identity.json",
-            {
-                "training": self.workshop.grid.training_identity(self.arm, self.cell.reward, self.cell.seed),
-                "evaluation": self.workshop.grid.evaluation_identity(),
-            },
-        )
-        state, reason = "completed", ""
-        try:
-            self._train()
-        except Diverged as error:
-            state, reason = "diverged", f"{error} (iteration {self.spent.iterations + 1})"
-            self._restore_finite_adapter()
-        self._save_checkpoint()
+        store.write_json(self.directory / "identity.json", self.workshop.grid.identity(self.cell))
+        if not self.state:
+            self.state, self.reason = self._train()
+            self._save_checkpoint()
         self._evaluate_end()
         cost = asdict(self.meter.cost) | {"denoiser_rows": self.meter.cost.denoiser_rows}
         seconds = {"train": self.spent.train_seconds, "evaluate": self.spent.evaluate_seconds}
         _write_status(
-            self.directory, self.cell, state, reason, self.started, seconds, self.spent.iterations, cost, self.workshop
+            self.directory,
+            self.cell,
+            self.state,
+            self.reason,
+            self.started,
+            seconds,
+            self.spent.iterations,
+            cost,
+            self.workshop,
         )
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
         shutil.rmtree(self.directory / "points", ignore_errors=True)
-        return state
+        return self.state
 
     # ---------------------------------------------------------------- training
 
-    def _train(self) -> None:
+    def _train(self) -> tuple[str, str]:
+        """Iterate while the budget lasts.
+
+        Returns:
+            The state that training ended in, and why. A diverged adapter is the one before the failing iteration.
+        """
         tuner = self.tuner
         assert isinstance(tuner, TrainedFineTuner)
         planned = tuner.planned_cost()
@@ -174,11 +182,21 @@ class CellRun:
         shape = self.workshop.model.latent_shape
         stream = request_stream(prompts, shape, self.cell.seed, start=self.spent.iterations * size)
         saved = time.perf_counter()
+        if not self.spent.iterations and not self._affordable(planned):
+            budget = self.config.budget
+            raise UserError(
+                f"a budget of {budget.amount:g} {budget.unit} does not pay for one iteration of {self.cell.arm}; "
+                "raise it, or make the method's batch smaller"
+            )
         self._evaluate_point_if_due()
         while self._affordable(planned):
             requests = [next(stream) for _ in range(size)]
-            clock = time.perf_counter()
-            metrics = tuner.iterate(requests)
+            clock, before = time.perf_counter(), self._adapter_state()
+            try:
+                metrics = tuner.iterate(requests)
+            except Diverged as error:
+                self._set_adapter(before)
+                return "diverged", f"{error} (iteration {self.spent.iterations + 1})"
             seconds = time.perf_counter() - clock
             self.spent.iterations += 1
             self.spent.train_seconds += seconds
@@ -188,6 +206,7 @@ class CellRun:
             if time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 self._save_checkpoint()
                 saved = time.perf_counter()
+        return "completed", ""
 
     def _used(self) -> float:
         used = {
@@ -235,6 +254,7 @@ class CellRun:
             "cost": asdict(self.meter.cost),
             "spent": asdict(self.spent),
             "started": self.started,
+            "ended": [self.state, self.reason],
         }
         torch.save(content, buffer)
         store.write_bytes(self.directory / "checkpoint.pt", buffer.getvalue())
@@ -249,16 +269,8 @@ class CellRun:
                 self.meter.add(**content["cost"])
                 self.spent = Spent(**content["spent"])
                 self.started = content["started"]
+                self.state, self.reason = content["ended"]
         store.cut_back(self.directory / "updates.jsonl", self.spent.iterations)
-
-    def _restore_finite_adapter(self) -> None:
-        if all(p.isfinite().all() for p in self.workshop.model.adapter_parameters().values()):
-            return
-        path = self.directory / "checkpoint.pt"
-        if path.exists():
-            self._set_adapter(torch.load(path, weights_only=True)["adapter"])
-        else:
-            self.workshop.model.add_adapter(self.config.adapter, Randomness(self.cell.seed, "initial adapter"))
 
     # --------------------------------------------------------------- evaluation
 
@@ -396,10 +408,10 @@ def _score_missing_rewards(workshop: Workshop, cell: Cell, directory: Path, stat
 
     known = status.get("evaluation_rewards", {})
     missing = [name for name in workshop.evaluator.rewards if name not in known]
-    if status.get("evaluation_hash") == cell.evaluation_hash or not missing:
+    if not missing:
         return
     evaluated = workshop.evaluator.final_requests()
-    scores = workshop.evaluator.score(load_pictures(directory, evaluated), evaluated, missing)
+    scores = workshop.evaluator.score(_stored_pictures(workshop, directory, evaluated), evaluated, missing)
     old = pd.read_parquet(directory / "scores.parquet")
     first = old[old["point"] == "final"].iloc[0].to_dict()
     shared = {key: first[key] for key in store.SCORE_COLUMNS if key in first}
@@ -407,10 +419,20 @@ def _score_missing_rewards(workshop: Workshop, cell: Cell, directory: Path, stat
         shared, {k: first[k] for k in ("iteration", "queries", "denoiser_rows", "train_seconds")}, "final", scores
     )
     store.write_parquet(directory / "scores.parquet", [*old.to_dict("records"), *rows], store.SCORE_COLUMNS)
-    versions = {name: r.version for name, r in workshop.evaluator.rewards.items()}
+    versions = {**known, **{name: workshop.evaluator.rewards[name].version for name in missing}}
     store.write_json(
         directory / "status.json", {**status, "evaluation_hash": cell.evaluation_hash, "evaluation_rewards": versions}
     )
+
+
+@torch.no_grad()
+def _stored_pictures(workshop: Workshop, directory: Path, evaluated: Sequence[Evaluated]) -> Any:
+    """The final pictures of a finished cell; decoded again from its latents where the files were not kept."""
+    if (directory / "images" / "final").is_dir():
+        return load_pictures(directory, evaluated)
+    model, batch = workshop.model, workshop.evaluator.config.batch
+    latents = torch.from_numpy(np.load(directory / "latents.npz")["latents"]).to(model.device, model.dtype)
+    return np.concatenate([to_8_bit(model.decode(part)) for part in latents.split(batch)])
 
 
 def peak_memory_mib() -> float:

@@ -5,6 +5,7 @@ Scores are those of the clamped 8-bit pictures that are stored: scoring the file
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from harness import store
 from harness.api import DiffusionModel, Embedding, Generation, Prompt, Randomness, Request, Reward
 from harness.config import EvaluationConfig
 from harness.metrics.diversity import pairwise_distance, vendi_score
@@ -155,9 +157,10 @@ def picture_path(directory: Path, prompt_id: str, noise_id: int) -> Path:
 
 def save_pictures(directory: Path, pictures: Pictures, evaluated: Sequence[Evaluated]) -> None:
     """One PNG per picture."""
-    (directory / "images" / "final").mkdir(parents=True, exist_ok=True)
     for pixels, item in zip(pictures, evaluated, strict=True):
-        Image.fromarray(pixels).save(picture_path(directory, item.request.prompt.id, item.request.noise_id))
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        store.write_bytes(picture_path(directory, item.request.prompt.id, item.request.noise_id), buffer.getvalue())
 
 
 def load_pictures(directory: Path, evaluated: Sequence[Evaluated]) -> Pictures:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 import harness
 from harness.api import DiffusionModel, FineTuner, MethodConfig, Prompt, PromptSuite, Reward
 from harness.config import ArmConfig, RunConfig, SamplerConfig, explain
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 from harness.prompts import SPLITS
 from harness.registry import (
     ModelSource,
@@ -83,7 +83,7 @@ def build_arm(arm: ArmConfig, config: RunConfig) -> Arm:
     try:
         method_config = finetuner.Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain(error, finetuner.Config, f"{arm.method}.")) from None
+        raise UserError(explain(error, finetuner.Config, f"{arm.method}.", _optimizer_fields(finetuner))) from None
     try:
         sampler = SamplerConfig.model_validate({**config.sampler.model_dump(), **sampler_overrides})
     except ValidationError as error:
@@ -93,13 +93,17 @@ def build_arm(arm: ArmConfig, config: RunConfig) -> Arm:
 
 def _with_optimizer(values: dict[str, Any], finetuner: type[FineTuner]) -> dict[str, Any]:
     """`learning_rate=1e-3` means `optimizer.learning_rate=1e-3`: nobody should have to know the nesting."""
-    inner = finetuner.Config.model_fields["optimizer"].default_factory
-    known = type(inner()).model_fields if callable(inner) else {}  # type: ignore[call-arg]
+    known = _optimizer_fields(finetuner)
     nested = {key: value for key, value in values.items() if key in known}
     rest = {key: value for key, value in values.items() if key not in known}
     if nested:
         rest["optimizer"] = {**rest.get("optimizer", {}), **nested}
     return rest
+
+
+def _optimizer_fields(finetuner: type[FineTuner]) -> list[str]:
+    inner = finetuner.Config.model_fields["optimizer"].default_factory
+    return list(type(inner()).model_fields) if callable(inner) else []  # type: ignore[call-arg]
 
 
 def parse_reward(expression: str) -> list[tuple[float, str]]:
@@ -110,7 +114,7 @@ def parse_reward(expression: str) -> list[tuple[float, str]]:
     """
     terms = []
     for term in expression.split("+"):
-        match = re.fullmatch(r"\s*(?:(-?[0-9.]+(?:e-?[0-9]+)?)\s*\*)?\s*([^*\s].*?)\s*", term)
+        match = re.fullmatch(r"\s*(?:(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*\*)?\s*([^*\s][^*]*?)\s*", term)
         if not match:
             raise UserError(f"the reward {expression!r} is not understood: write 2*emoji-3d+1*emoji-clip")
         terms.append((float(match[1] or 1), match[2]))
@@ -133,9 +137,10 @@ class Grid:
         self.arms = {arm.label: build_arm(arm, config) for arm in config.all_arms()}
         if config.reference is not None and config.reference not in self.arms:
             raise UserError(f"--reference {config.reference!r} is no arm of this run: {', '.join(self.arms)}")
-        unused = set(config.settings) - {arm.method for arm in self.arms.values()} - set(discover("methods"))
-        if unused:
-            raise UserError(f"settings are given for {', '.join(sorted(unused))}, which is no method")
+        known = list(dict.fromkeys([*(arm.method for arm in self.arms.values()), *discover("methods")]))
+        for name in config.settings:
+            if name not in known:
+                raise UserError(f"settings are given for {name!r}, which is no method; {nearest(name, known)}")
         self.source: ModelSource = find_model(config.model)
         self.suite: PromptSuite = load_suite(config.suite or default_suite(self.source))
         self.training_rewards = {expression: parse_reward(expression) for expression in config.rewards}
@@ -193,6 +198,16 @@ class Grid:
             "dtype": self.config.dtype,
         }
 
+    def identity(self, cell: Cell) -> dict[str, Any]:
+        """What a cell is made of: stored beside its records, so that changed settings are seen and shown."""
+        base = cell.cell == BASE_CELL
+        return {
+            "training": {"model": self.fingerprint}
+            if base
+            else self.training_identity(self.arms[cell.arm], cell.reward, cell.seed),
+            "evaluation": self.evaluation_identity(),
+        }
+
     @cached_property
     def fingerprint(self) -> str:
         """Of the model's weights, computed once."""
@@ -235,7 +250,7 @@ class Grid:
         return {
             "schema": SCHEMA,
             "config": self.config.model_dump(mode="json", exclude={"out", "workers", "device"}),
-            "passed": dict(passed),
+            "passed": json.loads(json.dumps(dict(passed), default=str)),
             "arms": [
                 {
                     "label": arm.label,

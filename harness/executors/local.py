@@ -7,7 +7,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -54,7 +54,8 @@ class _Worker:
 
     def give(self, cell: Cell) -> None:
         self.cell = cell
-        self.connection.send(cell)
+        with suppress(BrokenPipeError):  # it died since its last cell: the end of the pipe will say so
+            self.connection.send(cell)
 
 
 def run_cells(
@@ -85,8 +86,9 @@ def run_cells(
                     worker.process.join()
                     code = worker.process.exitcode
                     event = Event("crashed", worker.cell.cell, detail=f"its process ended with code {code}")
-                    pool[pool.index(worker)] = fresh = _Worker(config, run_dir, devices[pool.index(worker)])
-                    worker = fresh
+                    if waiting:
+                        place = pool.index(worker)
+                        pool[place] = worker = _Worker(config, run_dir, devices[place])
                 on_event(event)
                 if event.kind != "progress":
                     ends[event.cell] = "crashed" if event.kind == "crashed" else event.detail
@@ -143,11 +145,16 @@ def _ending(pool: list[_Worker]) -> Iterator[list[_Worker]]:
 
 
 def work(connection: Connection, config: RunConfig, run_dir: Path) -> None:
-    """A worker's life: load the model once, then run the cells that come through the pipe."""
+    """A worker's life: nobody's orphan, deaf to Ctrl-C, serving the pipe from its parent."""
     _die_with_parent()
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    serve(connection, config, run_dir)
+
+
+def serve(connection: Connection, config: RunConfig, run_dir: Path) -> None:
+    """Run the cells that a connection gives, and answer with events, until it ends."""
     workshop: Any = None
     while True:
         try:
@@ -161,7 +168,6 @@ def work(connection: Connection, config: RunConfig, run_dir: Path) -> None:
             from harness.grid import Grid
 
             if workshop is None:
-                quiet_libraries()
                 torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
                 connection.send(Event("progress", cell.cell, "load", 0.0, "loading the model"))
                 workshop = Workshop(Grid(config))
@@ -177,15 +183,6 @@ def work(connection: Connection, config: RunConfig, run_dir: Path) -> None:
             (directory / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             connection.send(Event("crashed", cell.cell, detail=reason))
-
-
-def quiet_libraries() -> None:
-    """Switch off the loading bars of transformers and diffusers, which would tear ours."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _die_with_parent() -> None:

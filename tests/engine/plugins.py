@@ -1,0 +1,115 @@
+"""Rewards and a method that tests name as `path/to/plugins.py:Class`; files beside a copy of this one steer them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.api import (
+    Context,
+    Cost,
+    CostRange,
+    DiffusionModel,
+    MethodConfig,
+    Prompt,
+    Request,
+    Reward,
+    TrainedFineTuner,
+)
+
+
+def beside(name: str) -> Path:
+    """A file in the folder of this one, by which a test steers a plug-in or reads what it saw."""
+    return Path(__file__).with_name(name)
+
+
+class Quadratic(Reward):
+    """Minus the squared distance of pixels to 0.8; scoring takes a while during training where a file `slow` is."""
+
+    name, version, differentiable, role, unit = "quadratic", "1", True, "proxy", "squared pixels"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,)."""
+        if images_BCHW.requires_grad and beside("slow").exists():
+            time.sleep(0.2)
+        return -((images_BCHW.float() - 0.8) ** 2).flatten(1).mean(1)
+
+    def applies(self, prompt: Prompt) -> bool:
+        """To all."""
+        return True
+
+
+class Brightness(Reward):
+    """The mean pixel; not a number as soon as a pixel is above 2, which no stored picture has."""
+
+    name, version, differentiable, role, unit = "brightness", "1", True, "proxy", "pixels"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,)."""
+        scores = images_BCHW.float().flatten(1).mean(1)
+        return scores * float("nan") if images_BCHW.max() > 2 else scores
+
+    def applies(self, prompt: Prompt) -> bool:
+        """To all."""
+        return True
+
+
+class Fragile(Reward):
+    """The first pixel; training fails while a file `broken` is beside this one."""
+
+    name, version, differentiable, role, unit = "fragile", "1", True, "proxy", "pixels"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,)."""
+        if images_BCHW.requires_grad and beside("broken").exists():
+            raise RuntimeError("the scorer is out of order")
+        return images_BCHW.float()[:, 0, 0, 0]
+
+    def applies(self, prompt: Prompt) -> bool:
+        """To prompts with an even number of letters, so that a reward with gaps is among those tested."""
+        return len(prompt.text) % 2 == 0
+
+
+class Spy(TrainedFineTuner):
+    """Trains nothing, and writes down which prompts and noise it is given."""
+
+    version = "1"
+    stochastic = False
+    needs_reward_gradient = False
+    Config = MethodConfig
+    requests_per_iteration = 2  # type: ignore[assignment]
+
+    def __init__(self, model: DiffusionModel, reward: Reward, config: MethodConfig, context: Context) -> None:
+        self.model, self.reward = model, reward
+
+    def iterate(self, requests: Sequence[Request]) -> Mapping[str, float]:
+        """One query per request, of its noise taken as a picture."""
+        with beside("seen.txt").open("a", encoding="utf-8") as file:
+            file.writelines(f"{r.prompt.id} {r.noise_id} {float(r.noise.sum())!r}\n" for r in requests)
+        scores = self.reward(torch.stack([r.noise[:3] for r in requests]), [r.prompt for r in requests])
+        return {"reward": float(scores.mean()), "gradient_norm": 0.0}
+
+    def planned_cost(self) -> CostRange:
+        """Two queries."""
+        return CostRange(Cost(queries=2), Cost(queries=2))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""

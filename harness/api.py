@@ -393,9 +393,16 @@ class FineTuner(ABC):
 
 
 class TrainedFineTuner(FineTuner):
-    """A method that changes weights: the harness calls `iterate` until the budget is spent."""
+    """A method that changes weights: the harness calls `iterate` until the budget is spent.
+
+    Attributes:
+        model: The metered model, adapter attached.
+        training_sampler: Set in `__init__` by a method that trains with another sampler than the run's: it is then
+            evaluated with its own one, too. None: the run's.
+    """
 
     model: DiffusionModel
+    training_sampler: SamplerConfig | None = None
 
     @property
     @abstractmethod

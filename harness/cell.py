@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -19,13 +17,22 @@ from harness import store
 from harness.api import BASE, CostRange, Diverged, Generation, Prompt, Randomness, Request, TrainedFineTuner
 from harness.context import CellContext
 from harness.errors import UserError
-from harness.evaluation import Evaluated, Evaluator, load_pictures, save_pictures, to_8_bit
+from harness.evaluation import Evaluator
 from harness.grid import BASE_CELL, Cell, Grid
 from harness.metering import Meter, MeteredModel, TrainingReward
+from harness.records import (
+    peak_memory_mib,
+    score_missing_rewards,
+    score_rows,
+    write_final,
+    write_metrics,
+    write_status,
+)
 from harness.registry import load_embedding
 from harness.sampling import initial_latents, sample
 
 CHECKPOINT_SECONDS = 15.0
+OWN_SAMPLER, OWN_SAMPLER_BASE = "own-sampler", "own-sampler-base"
 Progress = Callable[[str, float, str], None]  # phase, fraction of the cell, detail
 
 
@@ -47,6 +54,7 @@ class Workshop:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.model = grid.model
+        self.keep_images = grid.config.keep_images == "final"
         self._training = {name: reward for name, reward in grid.rewards.items() if name in _trained_on(grid)}
         self.training_rewards = {name: reward(self.model.device) for name, reward in self._training.items()}
         self.evaluator = Evaluator(
@@ -84,7 +92,7 @@ def run_cell(workshop: Workshop, cell: Cell, run_dir: Path, progress: Progress) 
     directory.mkdir(parents=True, exist_ok=True)
     status = store.read_json(directory / "status.json")
     if status.get("state") in ("completed", "diverged") and status.get("training_hash") == cell.training_hash:
-        _score_missing_rewards(workshop, cell, directory, status)
+        score_missing_rewards(workshop.evaluator, cell, directory, status)
         return str(status["state"])
     for name in ("status.json", "error.txt"):  # of an attempt that crashed
         (directory / name).unlink(missing_ok=True)
@@ -109,10 +117,10 @@ def _run_base(workshop: Workshop, cell: Cell, directory: Path, progress: Progres
     pictures, latents = evaluator.pictures(generate, [e.request for e in evaluated], report)
     identity = {"cell": BASE_CELL, "arm": BASE_CELL, "method": BASE_CELL, "training_reward": "", "seed": -1}
     store.write_json(directory / "identity.json", workshop.grid.identity(cell))
-    _write_final(workshop, directory, identity, {}, evaluated, pictures, latents)
-    _write_metrics(directory, identity, evaluator.diversity(generate))
+    write_final(evaluator, directory, identity, {}, evaluated, pictures, latents, keep_images=workshop.keep_images)
+    write_metrics(directory, identity, evaluator.diversity(generate))
     seconds = {"train": 0.0, "evaluate": time.perf_counter() - clock}
-    _write_status(directory, cell, "completed", "", started, seconds, 0, {}, workshop)
+    write_status(directory, cell, "completed", "", started, seconds, 0, {}, evaluator)
     return "completed"
 
 
@@ -151,7 +159,7 @@ class CellRun:
         self._evaluate_end()
         cost = asdict(self.meter.cost) | {"denoiser_rows": self.meter.cost.denoiser_rows}
         seconds = {"train": self.spent.train_seconds, "evaluate": self.spent.evaluate_seconds}
-        _write_status(
+        write_status(
             self.directory,
             self.cell,
             self.state,
@@ -160,7 +168,7 @@ class CellRun:
             seconds,
             self.spent.iterations,
             cost,
-            self.workshop,
+            self.workshop.evaluator,
         )
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
         shutil.rmtree(self.directory / "points", ignore_errors=True)
@@ -300,7 +308,7 @@ class CellRun:
         evaluator = self.workshop.evaluator
         evaluated = evaluator.curve_requests()
         pictures, _ = evaluator.pictures(self.tuner.generate, [e.request for e in evaluated])
-        rows = _score_rows(self._identity(), self._position(), f"{due[-1]:g}", evaluator.score(pictures, evaluated))
+        rows = score_rows(self._identity(), self._position(), f"{due[-1]:g}", evaluator.score(pictures, evaluated))
         self.spent.evaluate_seconds += time.perf_counter() - clock
         store.write_parquet(path, rows, store.SCORE_COLUMNS)
         self._save_checkpoint()
@@ -314,8 +322,13 @@ class CellRun:
             self._report("evaluate", "final pictures", 0.8 * fraction)
 
         pictures, latents = evaluator.pictures(self.tuner.generate, [e.request for e in evaluated], report)
-        _write_final(self.workshop, self.directory, self._identity(), self._position(), evaluated, pictures, latents)
-        _write_metrics(self.directory, self._identity(), evaluator.diversity(self.tuner.generate))
+        own = self._own_sampler_rows()
+        position = self._position()
+        keep = self.workshop.keep_images
+        write_final(
+            evaluator, self.directory, self._identity(), position, evaluated, pictures, latents, own, keep_images=keep
+        )
+        write_metrics(self.directory, self._identity(), evaluator.diversity(self.tuner.generate))
         adapter = self.directory / "adapter"
         self.workshop.model.save_adapter(adapter)
         parameters = {name: tensor.cpu().contiguous() for name, tensor in self._adapter_state().items()}
@@ -323,120 +336,20 @@ class CellRun:
         self.spent.evaluate_seconds += time.perf_counter() - clock
         self._report("evaluate", "done", 1.0)
 
+    def _own_sampler_rows(self) -> list[dict[str, Any]]:
+        """Scores with the sampler that the method was trained with, adapter on and off, where it is not the run's.
 
-def _score_rows(
-    identity: Mapping[str, Any], position: Mapping[str, Any], point: str, scores: Sequence[Any]
-) -> list[dict[str, Any]]:
-    start = {"iteration": 0, "queries": 0.0, "denoiser_rows": 0.0, "train_seconds": 0.0, **position}
-    return [
-        {
-            **identity,
-            **start,
-            "variant": "default",
-            "point": point,
-            "split": score.split,
-            "prompt_id": score.prompt.id,
-            "prompt": score.prompt.text,
-            "noise_id": score.noise_id,
-            "reward": score.reward,
-            "score": score.score,
-        }
-        for score in scores
-    ]
-
-
-def _write_final(
-    workshop: Workshop,
-    directory: Path,
-    identity: Mapping[str, Any],
-    position: Mapping[str, Any],
-    evaluated: Sequence[Evaluated],
-    pictures: Any,
-    latents: Any,
-) -> None:
-    import pandas as pd
-
-    if workshop.grid.config.keep_images == "final":
-        save_pictures(directory, pictures, evaluated)
-    buffer = io.BytesIO()
-    np.savez(buffer, latents=latents)
-    store.write_bytes(directory / "latents.npz", buffer.getvalue())
-    rows: list[Any] = []
-    for path in sorted((directory / "points").glob("*.parquet"), key=lambda p: float(p.stem)):
-        rows += pd.read_parquet(path).to_dict("records")
-    rows += _score_rows(identity, position, "final", workshop.evaluator.score(pictures, evaluated))
-    store.write_parquet(directory / "scores.parquet", rows, store.SCORE_COLUMNS)
-
-
-def _write_metrics(directory: Path, identity: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    full = [{**identity, "variant": "default", "point": "final", **row} for row in rows]
-    store.write_parquet(directory / "metrics.parquet", full, store.METRIC_COLUMNS)
-
-
-def _write_status(
-    directory: Path,
-    cell: Cell,
-    state: str,
-    reason: str,
-    started: str,
-    seconds: Mapping[str, float],
-    iterations: int,
-    cost: Mapping[str, float],
-    workshop: Workshop,
-) -> None:
-    store.write_json(
-        directory / "status.json",
-        {
-            "state": state,
-            "reason": reason,
-            "iterations": iterations,
-            "seconds": dict(seconds),
-            "peak_memory_mib": peak_memory_mib(),
-            "cost": dict(cost),
-            "training_hash": cell.training_hash,
-            "evaluation_hash": cell.evaluation_hash,
-            "evaluation_rewards": {name: r.version for name, r in workshop.evaluator.rewards.items()},
-            "started": started,
-            "finished": store.utc_now(),
-        },
-    )
-
-
-def _score_missing_rewards(workshop: Workshop, cell: Cell, directory: Path, status: dict[str, Any]) -> None:
-    """Score the stored pictures with rewards that were added since; nothing is generated or trained again."""
-    import pandas as pd
-
-    known = status.get("evaluation_rewards", {})
-    missing = [name for name in workshop.evaluator.rewards if name not in known]
-    if not missing:
-        return
-    evaluated = workshop.evaluator.final_requests()
-    scores = workshop.evaluator.score(_stored_pictures(workshop, directory, evaluated), evaluated, missing)
-    old = pd.read_parquet(directory / "scores.parquet")
-    first = old[old["point"] == "final"].iloc[0].to_dict()
-    shared = {key: first[key] for key in store.SCORE_COLUMNS if key in first}
-    rows = _score_rows(
-        shared, {k: first[k] for k in ("iteration", "queries", "denoiser_rows", "train_seconds")}, "final", scores
-    )
-    store.write_parquet(directory / "scores.parquet", [*old.to_dict("records"), *rows], store.SCORE_COLUMNS)
-    versions = {**known, **{name: workshop.evaluator.rewards[name].version for name in missing}}
-    store.write_json(
-        directory / "status.json", {**status, "evaluation_hash": cell.evaluation_hash, "evaluation_rewards": versions}
-    )
-
-
-@torch.no_grad()
-def _stored_pictures(workshop: Workshop, directory: Path, evaluated: Sequence[Evaluated]) -> Any:
-    """The final pictures of a finished cell; decoded again from its latents where the files were not kept."""
-    if (directory / "images" / "final").is_dir():
-        return load_pictures(directory, evaluated)
-    model, batch = workshop.model, workshop.evaluator.config.batch
-    latents = torch.from_numpy(np.load(directory / "latents.npz")["latents"]).to(model.device, model.dtype)
-    return np.concatenate([to_8_bit(model.decode(part)) for part in latents.split(batch)])
-
-
-def peak_memory_mib() -> float:
-    """Peak allocated on the accelerator where there is one, else peak resident of this process (Linux: KiB)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        Otherwise a method that explores with a stochastic sampler would be judged only away from its own policy.
+        """
+        assert isinstance(self.tuner, TrainedFineTuner)
+        evaluator, sampler = self.workshop.evaluator, self.tuner.training_sampler
+        if sampler is None or sampler == evaluator.generation.sampler:
+            return []
+        evaluated = evaluator.own_sampler_requests()
+        rows: list[dict[str, Any]] = []
+        for variant, scale in ((OWN_SAMPLER, 1.0), (OWN_SAMPLER_BASE, 0.0)):
+            generation = Generation(sampler, lora_scale=scale)
+            pictures, _ = evaluator.pictures(self.tuner.generate, [e.request for e in evaluated], generation=generation)
+            scores = evaluator.score(pictures, evaluated)
+            rows += score_rows(self._identity(), self._position(), "final", scores, variant)
+        return rows

@@ -27,8 +27,10 @@ def describe_cost(job: Job) -> str:
     diversity = config.evaluation.diversity_prompts * config.evaluation.diversity_latents
     lines = [
         f"{job.run_dir}: {len(grid.cells)} cells, {len(job.todo)} to run on {job.workers} worker(s)",
-        f"model {grid.model.name}, suite {grid.suite.name}, {len(config.seeds)} seed(s), "
-        f"budget {config.budget.amount:g} {config.budget.unit} a cell",
+        (
+            f"model {grid.model.name}, suite {grid.suite.name}, {len(config.seeds)} seed(s), "
+            f"budget {config.budget.amount:g} {config.budget.unit} a cell"
+        ),
         "",
         f"{'arm':<16}{'reward':<26}{'iterations':>11}{'queries':>9}{'denoiser rows':>15}{'seconds':>9}",
     ]
@@ -55,7 +57,7 @@ def describe_cost(job: Job) -> str:
     kilobytes = (final * 12 + 300) * len(job.todo)
     lines += [
         "",
-        f"in all: {total.denoiser_rows:.0f} denoiser rows (evaluation included), {total.queries:.0f} training queries, "
+        f"in all: {total.denoiser_rows:.0f} denoiser rows (evaluation included), {total.queries:.0f} training queries,",
         f"about {kilobytes / 1024:.0f} MiB of disk, about {work / job.workers / 60:.1f} minutes",
         "Rows count forward, recomputed and backward passes; seconds are those of one cell, evaluation included.",
     ]

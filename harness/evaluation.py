@@ -95,6 +95,10 @@ class Evaluator:
         """The last split (held-out) with the curve's latents: a subset of the final requests."""
         return self._requests([list(self.splits)[-1]], min(self.config.curve_latents, self.config.latents))
 
+    def own_sampler_requests(self) -> list[Evaluated]:
+        """The last split (held-out) with one latent."""
+        return self._requests([list(self.splits)[-1]], 1)
+
     def _requests(self, splits: Sequence[str], latents: int) -> list[Evaluated]:
         return [
             Evaluated(split, noise_bank(self.model, prompt, noise_id))
@@ -105,12 +109,16 @@ class Evaluator:
 
     @torch.no_grad()
     def pictures(
-        self, generate: Generate, requests: Sequence[Request], progress: Callable[[float], None] | None = None
+        self,
+        generate: Generate,
+        requests: Sequence[Request],
+        progress: Callable[[float], None] | None = None,
+        generation: Generation | None = None,
     ) -> tuple[Pictures, NDArray[np.float32]]:
         """8-bit pictures (N, H, W, 3) and latents (N, C, H, W), in fixed batches."""
         pictures, latents = [], []
         for start in range(0, len(requests), self.config.batch):
-            part = generate(requests[start : start + self.config.batch], self.generation)
+            part = generate(requests[start : start + self.config.batch], generation or self.generation)
             pictures.append(to_8_bit(self.model.decode(part)))
             latents.append(part.float().cpu().numpy())
             if progress is not None:

@@ -43,10 +43,11 @@ def measure(config: RunConfig, label: str) -> dict[str, float]:
     import torch
 
     from harness.api import Randomness, TrainedFineTuner
-    from harness.cell import peak_memory_mib, request_stream
+    from harness.cell import request_stream
     from harness.context import CellContext
     from harness.grid import Grid
     from harness.metering import Meter, MeteredModel, TrainingReward
+    from harness.records import peak_memory_mib
 
     torch.set_num_threads(1)
     grid = Grid(config.model_copy(update={"workers": 1}))

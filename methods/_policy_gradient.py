@@ -119,7 +119,7 @@ class PolicyGradientTuner(TrainedFineTuner, Generic[ConfigT]):
                 f"updates_per_rollout={config.updates_per_rollout}"
             )
         self.model, self.reward, self.config, self.context = model, reward, config, context
-        self.sampler = context.sampler.model_copy(update={"eta": config.eta})
+        self.sampler = self.training_sampler = context.sampler.model_copy(update={"eta": config.eta})
         self.steps = schedule(model, self.sampler)
         self.actions = [step for step in self.steps if step.std > 0]
         if not self.actions:

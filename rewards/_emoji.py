@@ -93,9 +93,12 @@ class ClipCritic:
         """Scores (B,) in [-100, 100]; NaN where a picture is not finite."""
         if len(texts) != len(images_BCHW):
             raise ValueError(f"{len(images_BCHW)} pictures, but {len(texts)} prompts")
+        return known(100 * (self.pictures(images_BCHW) * self._embedded(texts)).sum(-1), images_BCHW)
+
+    def pictures(self, images_BCHW: Tensor) -> Tensor:
+        """Unit embeddings of the pictures (B, D)."""
         pooled = self._network.vision_model(pixel_values=pixel_values(self._network, images_BCHW))[1]
-        pictures = F.normalize(self._network.visual_projection(pooled), dim=-1)
-        return known(100 * (pictures * self._embedded(texts)).sum(-1), images_BCHW)
+        return F.normalize(self._network.visual_projection(pooled), dim=-1)
 
     @torch.no_grad()
     def _embedded(self, texts: Sequence[str]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from harness.api import Prompt, Reward
+from harness.api import Embedding, Prompt, Reward
 from rewards._emoji import ClipCritic
 
 
@@ -67,3 +67,19 @@ class EmojiClipHeldout(Reward):
     def applies(self, prompt: Prompt) -> bool:
         """Always: every text has an embedding."""
         return True
+
+
+@final
+class EmojiEmbedding(Embedding):
+    """What the picture tower of the held-out CLIP sees: no method is trained on it."""
+
+    name = "emoji-clip-heldout"
+    version = "1"
+    family = "emoji"
+
+    def __init__(self, device: torch.device) -> None:
+        self._critic = ClipCritic("clip_heldout", device)
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Unit vectors (B, D)."""
+        return self._critic.pictures(images_BCHW)

@@ -107,6 +107,7 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "forest": figures.forest,
         "how_to_read": narrative.how_to_read(analysis),
         "sections": sections,
+        "own_sampler": tables.own_sampler(analysis),
         "curves": figures.curves,
         "matrix": figures.matrix,
         "generalisation": tables.generalisation(analysis),

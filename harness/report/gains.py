@@ -12,12 +12,13 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from harness.report.records import BASE, DEFAULT_VARIANT, FINAL, Cell, Run
+from harness.report.records import BASE, DEFAULT_VARIANT, FINAL, HELD_OUT, Cell, Run
 from harness.stats.effects import standardised
 from harness.stats.intervals import Interval, seed_t
 from harness.stats.seed_means import Array, IntentionToTreat, SeedScores, base_sd, intention_to_treat, seed_scores
 
-HELD_OUT, TRAINING = "held-out", "training"
+TRAINING = "training"
+OWN_SAMPLER, OWN_SAMPLER_BASE = "own-sampler", "own-sampler-base"
 PAIR = ["split", "prompt_id", "noise_id", "reward"]
 SPENT = ("queries", "denoiser_rows", "train_seconds")
 
@@ -221,6 +222,23 @@ class Gains:
         pairs = rows.drop_duplicates(["prompt_id", "noise_id"])
         seeds = tuple(cell.seed for cell in cells)
         return Curve(arm, training_reward, reward, seeds, values, spent, int(pairs["prompt_id"].nunique()), len(pairs))
+
+    def own_sampler(self, arm: str, training_reward: str, reward: str) -> Array:
+        """(S,) gains over the base model where both use the sampler that the method trained with; NaN where not made.
+
+        On held-out prompts, seed by seed; the base's pictures with that sampler are the cell's own.
+        """
+        table = self.run.scores
+        mine = table[
+            (table["arm"] == arm) & (table["training_reward"] == training_reward) & (table["reward"] == reward)
+        ]
+        means = [
+            mine[mine["variant"] == variant].groupby(["cell", "prompt_id"])["score"].mean().groupby("cell").mean()
+            for variant in (OWN_SAMPLER, OWN_SAMPLER_BASE)
+        ]
+        gain = means[0] - means[1]
+        found = [float(gain.get(cell.name, np.nan)) for cell in self.run.cells_of(arm, training_reward)]
+        return np.asarray(found, dtype=np.float64)
 
     def metric(self, arm: str, training_reward: str, name: str, *, point: str = FINAL) -> Array:
         """(S,) mean over prompts of a metric (diversity, drift), by planned seed; NaN where missing."""

@@ -10,7 +10,7 @@ import numpy as np
 from harness.report import formatting as f
 from harness.report.analysis import DIVERSITY, Analysis, held_out_name
 from harness.report.heatmap import base_correlations
-from harness.report.records import Run
+from harness.report.records import HELD_OUT, Run
 from harness.stats.intervals import Interval, seed_t
 
 ALPHA = 0.05
@@ -24,11 +24,15 @@ def scope(analysis: Analysis) -> str:
     rewards = f.joined([f"`{_code(reward)}`" for reward in run.training_rewards])
     arms = f.joined([f"**{f.markdown(arm)}**" for arm in run.arms])
     spent = f"{f.count(float(budget['amount']))} {f.markdown(budget.get('unit', ''))}" if "amount" in budget else "one"
+    tuning = (
+        f" **This run evaluated no held-out prompts: wherever held-out prompts are named, the {run.judged} prompts are "
+        "meant, and nothing here is a result.**"
+    )
     return (
         f"{arms} fine-tune the model {f.markdown(model.get('name', 'unknown'))} on {rewards} with a budget of {spent} "
         f"each, {f.plural(len(seeds), 'training seed')}, and are scored on the "
         f"{f.plural(len(run.prompts('held-out')), 'held-out prompt')} of {f.markdown(suite.get('name', 'unknown'))}."
-    )
+    ) + (tuning if run.judged != HELD_OUT else "")
 
 
 def lead(analysis: Analysis) -> str:

@@ -19,6 +19,7 @@ from harness.errors import UserError
 BASE = "base"
 DEFAULT_VARIANT = "default"
 FINAL = "final"
+HELD_OUT = "held-out"
 SCHEMA = 1
 SCORE_COLUMNS = (
     *("cell", "arm", "method", "training_reward", "seed", "variant", "point", "iteration", "queries"),
@@ -69,6 +70,9 @@ class Run:
         plan, provenance: `run.json` and `provenance.json` (empty where absent).
         cells: Trained cells in the order of the plan. ``base``: the base model's.
         scores, metrics, updates: Rows of all cells that count, in a fixed order.
+        timing: Seconds and memory of each arm alone in a fresh process, by label (empty where not measured).
+        judged: The split that results are about: held-out, or the last one evaluated in a run without it (tuning);
+            its rows are called held-out in `scores`.
     """
 
     folder: Path
@@ -79,6 +83,8 @@ class Run:
     scores: pd.DataFrame
     metrics: pd.DataFrame
     updates: pd.DataFrame
+    timing: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    judged: str = HELD_OUT
 
     @property
     def name(self) -> str:
@@ -128,7 +134,8 @@ class Run:
 
     def prompts(self, split: str) -> tuple[str, ...]:
         """Ids of the evaluated prompts of a split, in the order of the suite; also those only seen in records."""
-        planned = [str(p) for p in self.plan.get("suite", {}).get("evaluated", {}).get(split, [])]
+        named = self.judged if split == HELD_OUT else split
+        planned = [str(p) for p in self.plan.get("suite", {}).get("evaluated", {}).get(named, [])]
         seen = sorted(set(self.scores.loc[self.scores["split"] == split, "prompt_id"]) - set(planned))
         return (*planned, *seen)
 
@@ -154,6 +161,9 @@ def load_run(folder: Path) -> Run:
     base = next((cell for cell in every if cell.arm == BASE), Cell(BASE, BASE, "", -1, "planned"))
     counted = [cell for cell in (base, *cells) if cell.counts]
     scores = _tables(folder, counted, "scores.parquet", SCORE_COLUMNS)
+    splits = list(plan.get("suite", {}).get("evaluated", {HELD_OUT: []}))
+    judged = HELD_OUT if HELD_OUT in splits else splits[-1]
+    scores["split"] = scores["split"].where(scores["split"] != judged, HELD_OUT)
     return Run(
         folder,
         plan,
@@ -163,6 +173,8 @@ def load_run(folder: Path) -> Run:
         _with_sums(scores, [str(name) for name in plan["training_rewards"]]),
         _tables(folder, counted, "metrics.parquet", METRIC_COLUMNS),
         _updates(folder, counted),
+        _read_json(folder / "timing.json"),
+        judged,
     )
 
 

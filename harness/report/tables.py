@@ -183,6 +183,24 @@ def rewards_by_method(analysis: Analysis, training_reward: str) -> Table:
     return Table(f"table-rewards-{_index(analysis, training_reward)}", headers, tuple(rows), pd.DataFrame(data), note)
 
 
+def own_sampler(analysis: Analysis) -> Table:
+    """Gains with the sampler that a method trained with, for the methods where it is not the evaluation's."""
+    headers = ("method", "trained on", "gain, its own sampler", "gain, the run's sampler")
+    rows, data = [], []
+    for arm in analysis.run.arms:
+        for reward in analysis.run.training_rewards:
+            own = seed_t(analysis.gains.own_sampler(arm, reward, reward))
+            if np.isfinite(own.estimate):
+                usual = analysis.final(arm, reward).interval
+                rows.append((f"**{f.markdown(arm)}**", f.markdown(reward), f.estimate(own), f.estimate(usual)))
+                data.append({"arm": arm, "training_reward": reward} | _bounds("own", own) | _bounds("usual", usual))
+    note = (
+        "Methods that explore with a stochastic sampler, generated with it: gain over the base model with the same "
+        "sampler and noise, in the reward's unit, on held-out prompts, with 95 % t interval over seeds."
+    )
+    return Table("table-own-sampler" if rows else "", headers, tuple(rows), pd.DataFrame(data), note)
+
+
 def pairwise(analysis: Analysis, training_reward: str) -> Table:
     """T3: all pairs of methods on one training reward."""
     headers = (

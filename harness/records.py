@@ -1,0 +1,143 @@
+"""Writes the records of a cell (results/README.md has their schema)."""
+
+from __future__ import annotations
+
+import io
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from harness import store
+from harness.evaluation import Evaluated, Evaluator, Pictures, Score, load_pictures, save_pictures, to_8_bit
+from harness.grid import Cell
+
+
+def score_rows(
+    identity: Mapping[str, Any],
+    position: Mapping[str, Any],
+    point: str,
+    scores: Sequence[Score],
+    variant: str = "default",
+) -> list[dict[str, Any]]:
+    """Rows of scores.parquet."""
+    start = {"iteration": 0, "queries": 0.0, "denoiser_rows": 0.0, "train_seconds": 0.0, **position}
+    return [
+        {
+            **identity,
+            **start,
+            "variant": variant,
+            "point": point,
+            "split": score.split,
+            "prompt_id": score.prompt.id,
+            "prompt": score.prompt.text,
+            "noise_id": score.noise_id,
+            "reward": score.reward,
+            "score": score.score,
+        }
+        for score in scores
+    ]
+
+
+def write_final(
+    evaluator: Evaluator,
+    directory: Path,
+    identity: Mapping[str, Any],
+    position: Mapping[str, Any],
+    evaluated: Sequence[Evaluated],
+    pictures: Pictures,
+    latents: NDArray[np.float32],
+    other_variants: Sequence[Mapping[str, Any]] = (),
+    *,
+    keep_images: bool,
+) -> None:
+    """Store the final pictures and latents, and all scores of the cell: its curve points, the end, other variants."""
+    if keep_images:
+        save_pictures(directory, pictures, evaluated)
+    buffer = io.BytesIO()
+    np.savez(buffer, latents=latents)
+    store.write_bytes(directory / "latents.npz", buffer.getvalue())
+    rows: list[Any] = []
+    for path in sorted((directory / "points").glob("*.parquet"), key=lambda p: float(p.stem)):
+        rows += pd.read_parquet(path).to_dict("records")
+    rows += score_rows(identity, position, "final", evaluator.score(pictures, evaluated))
+    store.write_parquet(directory / "scores.parquet", [*rows, *other_variants], store.SCORE_COLUMNS)
+
+
+def write_metrics(directory: Path, identity: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write metrics.parquet."""
+    full = [{**identity, "variant": "default", "point": "final", **row} for row in rows]
+    store.write_parquet(directory / "metrics.parquet", full, store.METRIC_COLUMNS)
+
+
+def write_status(
+    directory: Path,
+    cell: Cell,
+    state: str,
+    reason: str,
+    started: str,
+    seconds: Mapping[str, float],
+    iterations: int,
+    cost: Mapping[str, float],
+    evaluator: Evaluator,
+) -> None:
+    """Write status.json, which says that the cell has ended; the last file of a cell."""
+    store.write_json(
+        directory / "status.json",
+        {
+            "state": state,
+            "reason": reason,
+            "iterations": iterations,
+            "seconds": dict(seconds),
+            "peak_memory_mib": peak_memory_mib(),
+            "cost": dict(cost),
+            "training_hash": cell.training_hash,
+            "evaluation_hash": cell.evaluation_hash,
+            "evaluation_rewards": {name: r.version for name, r in evaluator.rewards.items()},
+            "started": started,
+            "finished": store.utc_now(),
+        },
+    )
+
+
+def score_missing_rewards(evaluator: Evaluator, cell: Cell, directory: Path, status: dict[str, Any]) -> None:
+    """Score the stored pictures with rewards that were added since; nothing is generated or trained again."""
+    known = status.get("evaluation_rewards", {})
+    missing = [name for name in evaluator.rewards if name not in known]
+    if not missing:
+        return
+    evaluated = evaluator.final_requests()
+    scores = evaluator.score(_stored_pictures(evaluator, directory, evaluated), evaluated, missing)
+    old = pd.read_parquet(directory / "scores.parquet")
+    first = old[old["point"] == "final"].iloc[0].to_dict()
+    shared = {key: first[key] for key in store.SCORE_COLUMNS if key in first}
+    rows = score_rows(
+        shared, {k: first[k] for k in ("iteration", "queries", "denoiser_rows", "train_seconds")}, "final", scores
+    )
+    store.write_parquet(directory / "scores.parquet", [*old.to_dict("records"), *rows], store.SCORE_COLUMNS)
+    versions = {**known, **{name: evaluator.rewards[name].version for name in missing}}
+    store.write_json(
+        directory / "status.json", {**status, "evaluation_hash": cell.evaluation_hash, "evaluation_rewards": versions}
+    )
+
+
+@torch.no_grad()
+def _stored_pictures(evaluator: Evaluator, directory: Path, evaluated: Sequence[Evaluated]) -> Any:
+    """The final pictures of a finished cell; decoded again from its latents where the files were not kept."""
+    if (directory / "images" / "final").is_dir():
+        return load_pictures(directory, evaluated)
+    model, batch = evaluator.model, evaluator.config.batch
+    latents = torch.from_numpy(np.load(directory / "latents.npz")["latents"]).to(model.device, model.dtype)
+    return np.concatenate([to_8_bit(model.decode(part)) for part in latents.split(batch)])
+
+
+def peak_memory_mib() -> float:
+    """Peak allocated on the accelerator where there is one, else peak resident of this process (Linux: KiB)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

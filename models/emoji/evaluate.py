@@ -89,7 +89,9 @@ def load_pipeline(folder: Path, sampler: Sampler) -> Any:
     """Return the diffusers pipeline of `folder` in float32 with the sampler's DDIM scheduler."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.float()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing=sampler.spacing)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

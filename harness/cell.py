@@ -299,6 +299,13 @@ class CellRun:
             "train_seconds": self.spent.train_seconds,
         }
 
+    def _generate(self, requests: Sequence[Request], generation: Generation) -> torch.Tensor:
+        """The method's own generation of pictures; what evaluation takes is no part of what training spends."""
+        spent = self.meter.cost
+        latents = self.tuner.generate(requests, generation)
+        self.meter.cost = spent
+        return latents
+
     def _evaluate_point_if_due(self) -> None:
         """Evaluate at the first iteration that reaches a point of the grid; once, also across interruptions."""
         due = [p for p in self.points if p <= self._used() + 1e-9]
@@ -307,7 +314,7 @@ class CellRun:
         clock = time.perf_counter()
         evaluator = self.workshop.evaluator
         evaluated = evaluator.curve_requests()
-        pictures, _ = evaluator.pictures(self.tuner.generate, [e.request for e in evaluated])
+        pictures, _ = evaluator.pictures(self._generate, [e.request for e in evaluated])
         rows = score_rows(self._identity(), self._position(), f"{due[-1]:g}", evaluator.score(pictures, evaluated))
         self.spent.evaluate_seconds += time.perf_counter() - clock
         store.write_parquet(path, rows, store.SCORE_COLUMNS)
@@ -321,14 +328,14 @@ class CellRun:
         def report(fraction: float) -> None:
             self._report("evaluate", "final pictures", 0.8 * fraction)
 
-        pictures, latents = evaluator.pictures(self.tuner.generate, [e.request for e in evaluated], report)
+        pictures, latents = evaluator.pictures(self._generate, [e.request for e in evaluated], report)
         own = self._own_sampler_rows()
         position = self._position()
         keep = self.workshop.keep_images
         write_final(
             evaluator, self.directory, self._identity(), position, evaluated, pictures, latents, own, keep_images=keep
         )
-        write_metrics(self.directory, self._identity(), evaluator.diversity(self.tuner.generate))
+        write_metrics(self.directory, self._identity(), evaluator.diversity(self._generate))
         adapter = self.directory / "adapter"
         self.workshop.model.save_adapter(adapter)
         parameters = {name: tensor.cpu().contiguous() for name, tensor in self._adapter_state().items()}
@@ -349,7 +356,7 @@ class CellRun:
         rows: list[dict[str, Any]] = []
         for variant, scale in ((OWN_SAMPLER, 1.0), (OWN_SAMPLER_BASE, 0.0)):
             generation = Generation(sampler, lora_scale=scale)
-            pictures, _ = evaluator.pictures(self.tuner.generate, [e.request for e in evaluated], generation=generation)
+            pictures, _ = evaluator.pictures(self._generate, [e.request for e in evaluated], generation=generation)
             scores = evaluator.score(pictures, evaluated)
             rows += score_rows(self._identity(), self._position(), "final", scores, variant)
         return rows

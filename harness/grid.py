@@ -150,7 +150,7 @@ class Grid:
         }
         self._check_rewards(trained_on)
         self.model = model or load_model(self.source, pick_device(config.device), pick_dtype(config), config.revision)
-        self.evaluated = {
+        self.evaluated: dict[str, tuple[Prompt, ...]] = {
             split: self.suite.split(split)[: config.evaluation.prompts[split]]
             for split in SPLITS
             if split in config.evaluation.prompts

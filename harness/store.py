@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], schema: Mapping[str, str]) -> None:
+def write_parquet(path: Path, rows: Sequence[Mapping[Any, Any]], schema: Mapping[str, str]) -> None:
     """Rows as a parquet file with the columns and pandas dtypes of `schema`, atomically."""
     import io
 

@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", type=Path, default=FOLDER / "pipeline", help="directory of the pipeline")
     parser.add_argument("--data", type=Path, help="folder with google, twitter, fluent")
-    parser.add_argument("--latents", type=int, default=8, help="pictures of each animal")
+    parser.add_argument("--latents", type=int, default=4, help="pictures of each animal")
     parser.add_argument("--animals", type=int, help="only so many animals of each split, for a trial")
     parser.add_argument("--out", type=Path, default=FOLDER / "evaluation.json", help="file to write")
     parser.add_argument("--grid", type=Path, help="write two pictures of each animal to this PNG")

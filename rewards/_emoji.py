@@ -1,7 +1,8 @@
 """What the rewards of the embedded emoji model share: their critics' weights, and how a picture reaches them.
 
 A critic is a folder under `models/emoji/critics/` in the layout of transformers (`config.json`, `model.safetensors`;
-the CLIPs with a tokenizer). It sees pictures of 64x64; others are resized, bilinear and antialiased.
+a CLIP is two, `image` and `text`, the latter with a tokenizer). It sees pictures of 64x64; others are resized,
+bilinear and antialiased.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ class ClipCritic:
     def __init__(self, critic: str, device: torch.device) -> None:
         from transformers import CLIPTokenizer
 
-        self._network = load(critic, device)
-        self._tokenizer = CLIPTokenizer.from_pretrained(_folder(critic), local_files_only=True)
+        self._network = load(f"{critic}/image", device)
+        self._reader = load(f"{critic}/text", device)
+        self._tokenizer = CLIPTokenizer.from_pretrained(_folder(f"{critic}/text"), local_files_only=True)
         self._device = device
         self._texts: dict[str, Tensor] = {}
 
@@ -97,8 +99,7 @@ class ClipCritic:
 
     def pictures(self, images_BCHW: Tensor) -> Tensor:
         """Unit embeddings of the pictures (B, D)."""
-        pooled = self._network.vision_model(pixel_values=pixel_values(self._network, images_BCHW))[1]
-        return F.normalize(self._network.visual_projection(pooled), dim=-1)
+        return F.normalize(logits(self._network, images_BCHW), dim=-1)
 
     @torch.no_grad()
     def _embedded(self, texts: Sequence[str]) -> Tensor:
@@ -108,8 +109,8 @@ class ClipCritic:
                 encoded = self._tokenizer(
                     text, padding="max_length", truncation=True, max_length=CAPTION_TOKENS, return_tensors="pt"
                 )
-                pooled = self._network.text_model(input_ids=encoded["input_ids"].to(self._device))[1]
-                self._texts[text] = F.normalize(self._network.text_projection(pooled), dim=-1)[0]
+                embedded = self._reader(input_ids=encoded["input_ids"].to(self._device)).text_embeds
+                self._texts[text] = F.normalize(embedded, dim=-1)[0]
         return torch.stack([self._texts[text] for text in texts])
 
 

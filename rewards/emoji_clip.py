@@ -16,14 +16,14 @@ from rewards._emoji import ClipCritic
 class EmojiClip(Reward):
     """How well an emoji picture fits its prompt, by a small CLIP.
 
-    Formula: 100 * cos(image embedding, text embedding) of a dual encoder (ConvNeXt and a text transformer) trained on
-    compositions of emoji and their captions ("a 3d fox on a blue background"). Range: [-100, 100], typically 86 for the
-    full caption, 73 for the animal alone and 40 where the animal is another; larger is better. Pictures that are not
+    Formula: 100 * cos(image embedding, text embedding) of a dual encoder (ResNet and a text transformer) trained on
+    compositions of emoji and their captions ("a 3d fox on a blue background"). Range: [-100, 100], typically 81 for the
+    full caption, 76 for the animal alone and 32 where the animal is another; larger is better. Pictures that are not
     64x64 are resized, antialiased; texts are cut at 24 tokens.
     """
 
     name = "emoji-clip"
-    version = "1"
+    version = "2"
     differentiable = True
     role = "proxy"
     unit = "100 cos"
@@ -45,13 +45,13 @@ class EmojiClip(Reward):
 class EmojiClipHeldout(Reward):
     """How well an emoji picture fits its prompt, by another CLIP that no method trains on.
 
-    Formula: 100 * cos(image embedding, text embedding), as `emoji-clip`, by a vision transformer with other seed,
-    data order and distortions. Range: [-100, 100]; larger is better. A gain of `emoji-clip` without a gain here is
-    reward hacking.
+    Formula: 100 * cos(image embedding, text embedding), as `emoji-clip`, by a RegNet with another text transformer,
+    seed, data order and distortions. Range: [-100, 100]; larger is better. A gain of `emoji-clip` without a gain here
+    is reward hacking.
     """
 
     name = "emoji-clip-heldout"
-    version = "1"
+    version = "2"
     differentiable = True
     role = "held-out"
     unit = "100 cos"
@@ -74,7 +74,7 @@ class EmojiEmbedding(Embedding):
     """What the picture tower of the held-out CLIP sees: no method is trained on it."""
 
     name = "emoji-clip-heldout"
-    version = "1"
+    version = "2"
     family = "emoji"
 
     def __init__(self, device: torch.device) -> None:

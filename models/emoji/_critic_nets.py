@@ -1,8 +1,8 @@
 """The five critics as library classes: how they are built, saved, loaded and called.
 
-A critic is a folder with `config.json` and `model.safetensors` (fp16), written by `save_pretrained`; the
-two CLIPs also carry a tokenizer (`vocab.json`, `merges.txt`). All take float pictures (B, 3, 64, 64) in
-[0, 1], normalised by `image_mean` and `image_std` of their config.
+A classifier is a folder with `config.json` and `model.safetensors` (fp16), written by `save_pretrained`; a
+CLIP is two such folders, `image` and `text`, the latter with a tokenizer (`vocab.json`, `merges.txt`). All
+take float pictures (B, 3, 64, 64) in [0, 1], normalised by `image_mean` and `image_std` of their config.
 """
 
 from __future__ import annotations
@@ -22,15 +22,34 @@ from torch.nn import functional as F  # noqa: N812
 FOLDER = Path(__file__).parent / "critics"
 CLASSES = {
     "style3d": "ResNetForImageClassification",
-    "clip": "VisionTextDualEncoderModel",
+    "clip": "ResNetForImageClassification",
     "object": "ResNetForImageClassification",
-    "style3d_heldout": "ConvNextForImageClassification",
-    "clip_heldout": "VisionTextDualEncoderModel",
+    "style3d_heldout": "RegNetForImageClassification",
+    "clip_heldout": "RegNetForImageClassification",
 }
+EMBEDDING = 64
 CAPTION_TOKENS = 24
 WORD = r"[^\W\d_]+|\d|[^\s\w]+"  # as the tokenizer splits: letters, one digit, or punctuation
 START, END = "<|startoftext|>", "<|endoftext|>"
 NORMALISATION = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+
+
+class Clip(nn.Module):
+    """A picture tower and a text tower, two library models that are stored side by side.
+
+    Attributes:
+        image: a classifier whose `logits` (B, 64) are the picture's embedding.
+        text: a `CLIPTextModelWithProjection`; its `text_embeds` (B, 64) are the caption's embedding.
+        logit_scale: logarithm of the factor of the cosines in the training loss.
+        hints: what animal, style and colour the embedding shows; for training only.
+    """
+
+    def __init__(self, image: nn.Module, text: nn.Module, hints: int = 0) -> None:
+        super().__init__()
+        self.image = image
+        self.text = text
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))
+        self.hints = nn.Linear(EMBEDDING, hints) if hints else nn.Identity()
 
 
 def build(name: str, labels: Sequence[str], tokens: int = 0) -> nn.Module:
@@ -38,111 +57,96 @@ def build(name: str, labels: Sequence[str], tokens: int = 0) -> nn.Module:
 
     Args:
         name: a key of `CLASSES`.
-        labels: the classes in their order, for the classifiers.
+        labels: the classes in their order; of a CLIP, what its training asks on the way.
         tokens: size of the tokenizer's vocabulary, for the CLIPs.
     """
     import transformers  # takes seconds
 
-    words: dict[str, Any] = {
-        "vocab_size": tokens,
-        "bos_token_id": tokens - 2,
-        "eos_token_id": tokens - 1,
-        "pad_token_id": tokens - 1,
-        "max_position_embeddings": CAPTION_TOKENS,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    named = {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-        **NORMALISATION,
-    }
-    model: nn.Module
-    if name == "style3d":
-        config = transformers.ResNetConfig(
-            embedding_size=24,
-            hidden_sizes=[32, 64, 96, 128],
-            depths=[1, 1, 1, 1],
-            layer_type="basic",
-            hidden_act="silu",  # smooth, since gradients flow through it
-            **named,
+    if name.startswith("clip"):
+        text = transformers.CLIPTextModelWithProjection(
+            transformers.CLIPTextConfig(
+                vocab_size=tokens,
+                bos_token_id=tokens - 2,
+                eos_token_id=tokens - 1,
+                pad_token_id=tokens - 1,
+                max_position_embeddings=CAPTION_TOKENS,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                projection_dim=EMBEDDING,
+            )
         )
-        model = transformers.ResNetForImageClassification(config)
-    elif name == "object":
-        config = transformers.ResNetConfig(
+        return Clip(_tower(name, {"num_labels": EMBEDDING}), text, len(labels))
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return _tower(name, named)
+
+
+def _tower(name: str, outputs: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    model: nn.Module
+    if CLASSES[name].startswith("RegNet"):
+        config = transformers.RegNetConfig(
             embedding_size=32,
             hidden_sizes=[32, 64, 128, 192],
+            depths=[1, 1, 2, 1],
+            groups_width=16,
+            layer_type="y",
+            **NORMALISATION,
+            **outputs,
+        )
+        model = transformers.RegNetForImageClassification(config)
+    else:
+        gold = name == "object"
+        config = transformers.ResNetConfig(
+            embedding_size=32 if gold else 24,
+            hidden_sizes=[32, 64, 128, 192] if gold else [32, 64, 96, 128],
             depths=[1, 1, 1, 1],
             layer_type="basic",
-            hidden_act="relu",
-            **named,
+            hidden_act="relu" if gold else "silu",  # smooth where gradients flow through it
+            **NORMALISATION,
+            **outputs,
         )
         model = transformers.ResNetForImageClassification(config)
-    elif name == "style3d_heldout":
-        config = _convnext(transformers, [24, 64, 128], [1, 1, 1], **named)
-        model = transformers.ConvNextForImageClassification(config)
-    elif name in ("clip", "clip_heldout"):
-        tower = _convnext(transformers, [32, 64, 128], [1, 1, 2]) if name == "clip" else _levit(transformers)
-        config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-            tower,
-            transformers.CLIPTextConfig(hidden_size=64, **words),
-            projection_dim=64,
-            **NORMALISATION,
-        )
-        model = transformers.VisionTextDualEncoderModel(config)
-    else:
-        raise ValueError(f"unknown critic {name!r}; known: {', '.join(CLASSES)}")
     return model
-
-
-def _convnext(transformers: Any, widths: list[int], depths: list[int], **more: Any) -> Any:
-    return transformers.ConvNextConfig(
-        image_size=64,
-        patch_size=4,
-        hidden_sizes=widths,
-        hidden_size=widths[-1],  # what the dual encoder looks for
-        depths=depths,
-        num_stages=len(widths),
-        layer_scale_init_value=0.0,  # none: a start at 1e-6 only pays in deep networks
-        layer_norm_eps=1e-6,
-        **more,
-    )
-
-
-def _levit(transformers: Any) -> Any:
-    return transformers.LevitConfig(
-        image_size=64,
-        hidden_sizes=[64, 96, 160],
-        hidden_size=160,  # what the dual encoder looks for
-        num_attention_heads=[2, 4, 4],
-        depths=[2, 2, 2],
-        key_dim=[16, 16, 16],
-    )
 
 
 def load(name: str, folder: Path = FOLDER) -> nn.Module:
     """Return the critic `name` of `folder` in float32, in evaluation mode, frozen."""
     import transformers
 
-    model: nn.Module = getattr(transformers, CLASSES[name]).from_pretrained(folder / name)
+    tower = getattr(transformers, CLASSES[name])
+    model: nn.Module
+    if name.startswith("clip"):
+        text = transformers.CLIPTextModelWithProjection.from_pretrained(folder / name / "text")
+        model = Clip(tower.from_pretrained(folder / name / "image"), text)
+    else:
+        model = tower.from_pretrained(folder / name)
     return model.float().eval().requires_grad_(False)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Return the `CLIPTokenizer` stored in the folder of one CLIP."""
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(folder)
-
-
 def save(model: nn.Module, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` (fp16); the model itself is rounded to fp16 and back."""
+    """Write `config.json` and `model.safetensors` (fp16); the model itself is rounded to fp16 and back.
+
+    A CLIP becomes two folders, `image` and `text`.
+    """
+    if isinstance(model, Clip):
+        save(model.image, folder / "image")
+        save(model.text, folder / "text")
+        return
     library: Any = model
     library.half().save_pretrained(folder)
     model.float()
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the `CLIPTokenizer` stored in the folder `text` of one CLIP."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def normalised(model: nn.Module, images: Tensor) -> Tensor:
@@ -162,14 +166,13 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 def image_features(model: nn.Module, images: Tensor) -> Tensor:
     """Return a CLIP's unit embeddings (B, 64) of pictures (B, 3, 64, 64) in [0, 1]."""
     clip: Any = model
-    pooled = clip.vision_model(pixel_values=normalised(model, images))[1]
-    return F.normalize(clip.visual_projection(pooled), dim=-1)
+    return F.normalize(logits(clip.image, images), dim=-1)
 
 
 def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return a CLIP's unit embeddings (B, 64) of captions as token ids, int64 (B, L)."""
     clip: Any = model
-    return F.normalize(clip.text_projection(clip.text_model(input_ids=tokens)[1]), dim=-1)
+    return F.normalize(clip.text(input_ids=tokens).text_embeds, dim=-1)
 
 
 def tokenised(tokenizer: Any, captions: Sequence[str]) -> Tensor:

@@ -74,7 +74,7 @@ def recipes() -> dict[str, Recipe]:
     """Return the recipe of every critic, in the order of training."""
     return {
         "style3d": Recipe(seed=11, steps=1000, batch=64, rate=3e-3, smoothing=0.05, fade=0.25),
-        "clip": Recipe(seed=12, steps=1000, batch=96, rate=2e-3),
+        "clip": Recipe(seed=12, steps=1000, batch=64, rate=3e-3),
         "object": Recipe(
             seed=13,
             steps=1200,
@@ -88,16 +88,16 @@ def recipes() -> dict[str, Recipe]:
             seed=14,
             steps=1000,
             batch=64,
-            rate=2e-3,
+            rate=3e-3,
             smoothing=0.05,
             fade=0.25,
             distortion=Distortion(blur=1.6, noise=0.03, colour=0.25, erase=0.2),
         ),
         "clip_heldout": Recipe(
             seed=15,
-            steps=1200,
-            batch=96,
-            rate=2e-3,
+            steps=800,
+            batch=64,
+            rate=3e-3,
             jitter=Jitter(scale=(0.8, 1.0), shift=4.0),
             distortion=Distortion(zoom=0.05, turn=3.0, blur=1.6, jpeg=0.08, noise=0.08, erase=0.2),
         ),
@@ -105,8 +105,9 @@ def recipes() -> dict[str, Recipe]:
 
 
 def labels_of(name: str, sprites: Sprites) -> tuple[str, ...]:
-    """Return the classes of the classifier `name` in their order; empty for a CLIP."""
-    return {"style": STYLES, "objec": sprites.names}.get(name[:5], ())
+    """Return the classes of the classifier `name` in their order; for a CLIP all that captions name."""
+    everything = (*sprites.names, *STYLES, *COLOURS)
+    return {"style": STYLES, "objec": sprites.names}.get(name[:5], everything)
 
 
 def grouped_indices(sprites: Sprites, count: int, group: int, generator: torch.Generator) -> Tensor:
@@ -151,18 +152,22 @@ def compatible(batch: Batch) -> Tensor:
 
 
 def clip_loss(model: nn.Module, tokenizer: Any, sprites: Sprites, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Return the loss of one batch: which caption belongs to the picture, asked in three ways.
+    """Return the loss of one batch: which caption belongs to the picture, asked in four ways.
 
     1. Among the captions of the batch, and among its pictures for the caption (symmetric). Captions that
        are true of another picture are no negatives for it. A third of the batches consist of groups of
        four pictures of one animal, so that colours must be told apart.
     2. Among the plain captions of all animals: many more negatives than a small batch holds.
     3. Among the three styles of the right animal, for a third of the pictures: what is learnt last otherwise.
+    4. Animal, style and colour read off the picture's embedding by a linear layer that is thrown away
+       afterwards: the picture tower learns shapes long before the texts mean anything.
     """
     group = 4 if bool(uniform(1, generator) < 1 / 3) else 1
     rows = grouped_indices(sprites, recipe.batch, group, generator)
     batch = compose(sprites, rows, generator, recipe.jitter)
-    pictures = nets.image_features(model, distort(batch.images / 2 + 0.5, recipe.distortion, generator))
+    clip: Any = model
+    embedding = nets.logits(clip.image, distort(batch.images / 2 + 0.5, recipe.distortion, generator))
+    pictures = F.normalize(embedding, dim=-1)
     asked = len(rows) // 3
     pairs = [(int(name), style) for name in batch.name_id[:asked] for style in STYLES]
     captions = [
@@ -174,14 +179,16 @@ def clip_loss(model: nn.Module, tokenizer: Any, sprites: Sprites, recipe: Recipe
     features = nets.text_features(model, nets.tokenised(tokenizer, list(distinct)))
     place = torch.tensor([distinct[text] for text in captions])
     own_place, name_place, style_place = torch.split(place, [len(rows), len(sprites.names), len(pairs)])
-    clip: Any = model
     scores = pictures @ features.T * clip.logit_scale.clamp(max=math.log(50.0)).exp()
     within = scores[:, own_place].masked_fill(compatible(batch) & ~torch.eye(len(rows), dtype=torch.bool), -1e4)
     own = torch.arange(len(rows))
+    hints = torch.split(clip.hints(embedding), [len(sprites.names), len(STYLES), len(COLOURS)], 1)
+    truths = (batch.name_id, batch.true_style, batch.true_colour)
     return (
         (F.cross_entropy(within, own) + F.cross_entropy(within.T, own)) / 2
         + F.cross_entropy(scores[:, name_place], batch.name_id)
         + 0.5 * F.cross_entropy(scores[:asked].gather(1, style_place.view(asked, -1)), batch.true_style[:asked])
+        + sum((F.cross_entropy(hint, truth) for hint, truth in zip(hints, truths, strict=True)), torch.zeros(()))
     )
 
 
@@ -212,8 +219,8 @@ def train(name: str, sprites: Sprites, folder: Path, state: Path, recipe: Recipe
         stop: the step to end at, if before the recipe's last.
     """
     is_clip = name.startswith("clip")
-    tokens = nets.write_tokenizer(all_captions(sprites), folder / name) if is_clip else 0
-    tokenizer = nets.load_tokenizer(folder / name) if is_clip else None
+    tokens = nets.write_tokenizer(all_captions(sprites), folder / name / "text") if is_clip else 0
+    tokenizer = nets.load_tokenizer(folder / name / "text") if is_clip else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = nets.build(name, labels_of(name, sprites), tokens).to(memory_format=torch.channels_last)
@@ -284,7 +291,7 @@ def measure(name: str, model: nn.Module, sprites: Sprites, folder: Path, count: 
     figures: dict[str, float] = {}
     for kind, shown in (("", images), ("_distorted", distort(images, Distortion(), generator))):
         if name.startswith("clip"):
-            tokenizer = nets.load_tokenizer(folder / name)
+            tokenizer = nets.load_tokenizer(folder / name / "text")
             found = clip_figures(model, tokenizer, sprites, batch, shown)
         else:
             scores = torch.cat([nets.logits(model, part) for part in torch.split(shown, 100)])
@@ -354,7 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.only not in (None, name):
             continue
         began = time.monotonic()
-        model = train(name, sprites, options.out, options.state, recipe, options.stop)
+        train(name, sprites, options.out, options.state, recipe, options.stop)
+        model = nets.load(name, options.out)  # what is stored, without what only the training needs
         with torch.no_grad():
             figures = measure(name, model, sprites, options.out)
         entry = {

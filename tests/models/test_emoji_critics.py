@@ -53,7 +53,9 @@ def test_shipped_critic_loads_and_has_gradients(name: str) -> None:
     model = nets.load(name)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     if name.startswith("clip"):
-        tokens = nets.tokenised(nets.load_tokenizer(nets.FOLDER / name), ["a fox", "a flat owl on a red background"])
+        tokens = nets.tokenised(
+            nets.load_tokenizer(nets.FOLDER / name / "text"), ["a fox", "a flat owl on a red background"]
+        )
         value = (nets.image_features(model, images) * nets.text_features(model, tokens)).sum(1)
     else:
         value = nets.logits(model, images)[:, 0]
@@ -95,7 +97,7 @@ def test_tokenizer_knows_every_word_and_never_fails(tmp_path: Path) -> None:
 
 def test_padding_does_not_change_text_features() -> None:
     """A caption's embedding does not depend on its neighbours in the batch."""
-    model, tokenizer = nets.load("clip"), nets.load_tokenizer(nets.FOLDER / "clip")
+    model, tokenizer = nets.load("clip"), nets.load_tokenizer(nets.FOLDER / "clip" / "text")
     alone = nets.text_features(model, nets.tokenised(tokenizer, ["a fox"]))
     beside = nets.text_features(model, nets.tokenised(tokenizer, ["a fox", "a 3d polar bear on a pink background"]))
     torch.testing.assert_close(alone[0], beside[0])

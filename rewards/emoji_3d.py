@@ -51,7 +51,7 @@ class Emoji3dHeldout(Reward):
     """
 
     name = "emoji-3d-heldout"
-    version = "2"
+    version = "1"
     differentiable = True
     role = "held-out"
     unit = "nats"

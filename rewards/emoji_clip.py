@@ -23,7 +23,7 @@ class EmojiClip(Reward):
     """
 
     name = "emoji-clip"
-    version = "2"
+    version = "1"
     differentiable = True
     role = "proxy"
     unit = "100 cos"
@@ -51,7 +51,7 @@ class EmojiClipHeldout(Reward):
     """
 
     name = "emoji-clip-heldout"
-    version = "2"
+    version = "1"
     differentiable = True
     role = "held-out"
     unit = "100 cos"
@@ -74,7 +74,7 @@ class EmojiEmbedding(Embedding):
     """What the picture tower of the held-out CLIP sees: no method is trained on it."""
 
     name = "emoji-clip-heldout"
-    version = "2"
+    version = "1"
     family = "emoji"
 
     def __init__(self, device: torch.device) -> None:

@@ -158,7 +158,8 @@ def _tags(attributes: dict[str, Any]) -> str:
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, a failed cell exit code 1, Ctrl-C exit code 130."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # how newer versions of typer hand on a KeyboardInterrupt
+            raise KeyboardInterrupt
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -64,11 +64,16 @@ def test_gains_are_differences_of_identical_pairs(bench: Bench) -> None:
     assert set(base.index.get_level_values("split")) == {"training", "held-out"}
     for arm in ("draft", "ddpo"):
         scores = pd.read_parquet(cell(run, arm) / "scores.parquet")
-        final = scores[scores["point"] == "final"].set_index(key)
+        final = scores[(scores["point"] == "final") & (scores["variant"] == "default")].set_index(key)
         assert list(final.index) == list(base.index)
         curve = scores[scores["point"] == "8"].set_index(key)
         assert set(curve.index) < set(base.index)
         assert set(curve.index.get_level_values("split")) == {"held-out"}
+        own = scores[scores["variant"] != "default"].set_index([*key, "variant"])
+        assert own.index.is_unique
+        assert set(own.index.droplevel("variant")) <= set(base.index)
+        variants = {"own-sampler", "own-sampler-base"} if arm == "ddpo" else set()
+        assert set(own.index.get_level_values("variant")) == variants
         metrics = pd.read_parquet(cell(run, arm) / "metrics.parquet")
         assert set(metrics["metric"]) == {"vendi", "pairwise_distance", "drift_latent_rms"}
 
@@ -92,6 +97,18 @@ def test_a_curve_point_is_where_the_budget_reaches_it(bench: Bench) -> None:
     spent = scores.groupby("point", sort=False)[["iteration", "queries"]].agg(lambda column: sorted(set(column)))
     assert spent["iteration"].to_dict() == {"4": [2], "9": [5], "final": [7]}
     assert spent["queries"].to_dict() == {"4": [4], "9": [10], "final": [14]}
+
+
+def test_evaluation_is_no_part_of_what_training_spends(bench: Bench) -> None:
+    """Every iteration adds the same counts, also after a curve point, and the totals are those of the last one."""
+    run = bench.run()
+    for arm in ("draft", "ddpo"):
+        cost, log = store.read_json(cell(run, arm) / "status.json")["cost"], updates(cell(run, arm))
+        for key in ("forward_rows", "gradient_rows", "backward_rows", "decodes", "queries"):
+            assert [line[key] for line in log] == [log[0][key] * (i + 1) for i in range(len(log))]
+            assert cost[key] == log[-1][key]
+        scores = pd.read_parquet(cell(run, arm) / "scores.parquet")
+        assert set(scores[scores["point"] == "final"]["denoiser_rows"]) == {cost["denoiser_rows"]}
 
 
 @pytest.mark.parametrize(("amount", "components"), [(15, 1), (16, 1), (15, 2)])

@@ -158,6 +158,7 @@ def _tags(attributes: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, a failed cell exit code 1, Ctrl-C exit code 130."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on parts that nothing here uses
     try:
         if app(standalone_mode=False) == 130:  # how newer versions of typer hand on a KeyboardInterrupt
             raise KeyboardInterrupt

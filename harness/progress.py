@@ -78,12 +78,11 @@ class Display:
             self._progress.remove_task(task)
             seconds = now - self._started[event.cell]
             finished = sum(1 for value in self._fractions.values() if value >= 1.0)
-            why = f": {event.detail}" if event.kind == "crashed" else f" {event.detail}"
-            word = "CRASHED" if event.kind == "crashed" else "finished"
-            self._say(f"[{finished}/{self._total}] {event.cell} {word}{why} after {seconds:.0f} s; {overall}")
+            end = f"CRASHED: {event.detail}" if event.kind == "crashed" else event.detail
+            self._say(f"[{finished}/{self._total}] {event.cell} {end} after {seconds:.0f} s; {overall}".rstrip("; "))
         elif not self._terminal and now - self._printed > 30:
             self._printed = now
-            self._say(f"{done:.1f} of {self._total} cells, {overall}")
+            self._say(f"{done:.1f} of {self._total} cells; {overall}".rstrip("; "))
 
     def _say(self, line: str) -> None:
         if self._terminal:

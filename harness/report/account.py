@@ -144,37 +144,43 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def hyperparameters(run: Run) -> list[Table]:
-    """T7: one table per arm; what differs from the defaults because the user said so is bold."""
+    """T7: one table per arm; what is not the method's default is bold, and says where it comes from."""
     tables = []
     for i, arm in enumerate(run.plan["arms"]):
-        passed = flatten(arm.get("overrides", {}))
-        values = flatten(arm.get("config", {})) | {
-            k: v for k, v in passed.items() if k not in flatten(arm.get("config", {}))
-        }
-        tables.append(_fields(f"table-parameters-{i + 1}", str(arm["label"]), values, set(passed)))
+        method = arm.get("method", "")
+        origins = {}
+        for origin, values in (
+            ("preset", run.plan.get("config", {}).get("settings", {}).get(method, {})),
+            ("set", run.plan.get("passed", {}).get("settings", {}).get(method, {})),
+            ("arm", arm.get("overrides", {})),
+        ):
+            # `learning_rate` is accepted for `optimizer.learning_rate`.
+            origins |= {name: origin for key in flatten(values) for name in (key, f"optimizer.{key}")}
+        known = flatten(arm.get("config", {}))
+        extra = {key: value for key, value in flatten(arm.get("overrides", {})).items() if key.startswith("sampler.")}
+        tables.append(_fields(f"table-parameters-{i + 1}", str(arm["label"]), known | extra, origins))
     return tables
 
 
 def settings(run: Run) -> Table:
     """T7 for the run: everything that holds for all arms."""
-    passed = set(flatten(run.plan.get("passed", {})))
+    passed = dict.fromkeys(flatten(run.plan.get("passed", {})), "set")
     return _fields("table-settings", "run", flatten(run.plan.get("config", {})), passed)
 
 
-def _fields(name: str, owner: str, values: Mapping[str, Any], passed: set[str]) -> Table:
+def _fields(name: str, owner: str, values: Mapping[str, Any], origins: Mapping[str, str]) -> Table:
     keys = sorted(values)
+    texts = {key: f.value_text(values[key]) for key in keys}
     rows = tuple(
         (
             f.markdown(key),
-            f"**{f.markdown(f.value_text(values[key]))}**" if key in passed else f.markdown(f.value_text(values[key])),
-            "set" if key in passed else "default",
+            f"**{f.markdown(texts[key])}**" if key in origins else f.markdown(texts[key]),
+            origins.get(key, "default"),
         )
         for key in keys
     )
-    data = [
-        {"owner": owner, "field": key, "value": f.value_text(values[key]), "set_by_user": key in passed} for key in keys
-    ]
-    columns = ["owner", "field", "value", "set_by_user"]
+    data = [{"owner": owner, "field": key, "value": texts[key], "origin": origins.get(key, "default")} for key in keys]
+    columns = ["owner", "field", "value", "origin"]
     return Table(name, ("field", "value", "origin"), rows, pd.DataFrame(data, columns=columns))
 
 

@@ -137,7 +137,7 @@ def _title(analysis: Analysis) -> str:
 def _arms(analysis: Analysis) -> list[dict[str, object]]:
     result = []
     for arm, table in zip(analysis.run.plan["arms"], account.hyperparameters(analysis.run), strict=True):
-        number = sum(row[-1] == "set" for row in table.rows)
+        number = sum(row[-1] != "default" for row in table.rows)
         gradient = "uses" if arm.get("needs_reward_gradient") else "does not use"
         method, version = arm.get("method", "unknown"), arm.get("version", "unknown")
         about = f"Method {method}, version {version}; {gradient} reward gradients."
@@ -145,7 +145,7 @@ def _arms(analysis: Analysis) -> list[dict[str, object]]:
             {
                 "label": f.markdown(arm["label"]),
                 "description": f"{f.markdown(arm.get('description', ''))} {f.markdown(about)}".strip(),
-                "summary": f"{f.plural(len(table.rows), 'hyper-parameter')}, {number} set by the user",
+                "summary": f"{f.plural(len(table.rows), 'hyper-parameter')}, {number} set by the preset or the user",
                 "table": table,
             }
         )

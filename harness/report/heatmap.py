@@ -156,7 +156,7 @@ def _correlations(axes: Axes, table: np.ndarray, columns: list[str], norm: Norma
     axes.imshow(np.ma.masked_invalid(table), cmap=CORRELATION, norm=norm, aspect="auto")
     for (i, j), value in np.ndenumerate(table):
         text = fixed(float(value), 2)
-        axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if abs(value) > 0.75 else INK)
+        axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if abs(value) > 0.6 else INK)
     _bare(axes)
     axes.set_xticks(range(len(columns)), [""] * len(columns))
     axes.set_yticks(range(len(columns)), columns)
@@ -170,7 +170,9 @@ def _bare(axes: Axes) -> None:
 
 def _top_labels(axes: Axes, labels: list[str]) -> None:
     axes.xaxis.tick_top()
-    axes.set_xticks(range(len(labels)), labels, fontsize=7.5)
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
+    crowded = len(labels) * longest > 140  # neighbours would touch
+    axes.set_xticks(range(len(labels)), labels, fontsize=6.2 if crowded else 7.5)
     axes.tick_params(axis="x", length=0, pad=3)
 
 

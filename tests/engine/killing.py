@@ -75,7 +75,11 @@ def kill_at_every_write(grid: Grid, cell: Cell, folder: Path) -> int:
 
 def main(folder: Path, plugins: Path) -> None:
     """The base, a cell that diverges and one that completes."""
-    changes = {"rewards": [f"{plugins}:Brightness"], "settings": {"draft": {"learning_rate": 0.3}}}
+    changes = {
+        "rewards": [f"{plugins}:Brightness"],
+        "settings": {"draft": {"learning_rate": 0.3}},
+        "evaluation": {"prompts": {"training": 1, "held-out": 2}, "diversity_prompts": 1, "diversity_latents": 2},
+    }
     grid = Grid(resolve(settings(plugins, folder / "reference", **changes)))
     Workshop(grid)
     told = {}

@@ -197,11 +197,12 @@ def test_exit_codes_tell_success_crash_and_divergence_apart(
         return 0
 
     assert code("diverged", "--rewards", bench.reward("Brightness"), "--set", "draft.learning_rate=0.5") == 0
-    assert "finished diverged" in capsys.readouterr().out
+    assert "seed0 diverged" in capsys.readouterr().out
     bench.plugins.with_name("broken").touch()
     assert code("crashed", "--rewards", bench.reward("Fragile")) == 1
     printed = capsys.readouterr()
-    assert "CRASHED: RuntimeError: the scorer is out of order" in printed.out
+    assert "seed0 crashed" in printed.out.lower()
+    assert "RuntimeError: the scorer is out of order" in printed.out
     assert printed.err.startswith("failed: 1 of 2 cells crashed")
     assert "error.txt" in printed.err
     assert code("dry", "--rewards", bench.reward("Quadratic"), "--dry-run") == 0

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from harness import store
+from harness.assembly import check_arms
 from harness.config import RunConfig
 from harness.errors import CellsFailed, UserError
 from harness.executors.local import Event, default_workers, run_cells
@@ -39,6 +40,7 @@ def plan(config: RunConfig) -> Job:
     grid = Grid(config)
     run_dir = grid.run_directory()
     _refuse_changed(grid, run_dir)
+    check_arms(grid)
     todo = tuple(cell for cell in grid.cells if not _is_done(run_dir, cell, grid))
     workers = config.workers or default_workers(config)
     return Job(grid, run_dir, todo, max(1, min(workers, len(todo))))

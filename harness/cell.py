@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import save
 
 from harness import store
-from harness.api import BASE, CostRange, Diverged, Generation, Prompt, Randomness, Request, TrainedFineTuner
-from harness.context import CellContext
-from harness.errors import UserError
+from harness.api import BASE, CostRange, Diverged, Generation, Prompt, Randomness, Request
+from harness.assembly import assemble, iteration_cost
 from harness.evaluation import Evaluator
 from harness.grid import BASE_CELL, Cell, Grid
-from harness.metering import Meter, MeteredModel, TrainingReward
+from harness.metering import Meter
 from harness.records import (
     peak_memory_mib,
     score_missing_rewards,
@@ -133,20 +132,8 @@ class CellRun:
         self.arm, self.config = grid.arms[cell.arm], grid.config
         self.meter, self.spent, self.started = Meter(), Spent(), store.utc_now()
         self.state, self.reason = "", ""  # how training ended, once it has
-        model = workshop.model
-        # Every seed's adapter starts from the same values for all methods.
-        model.add_adapter(self.config.adapter, Randomness(cell.seed, "initial adapter"))
-        terms = [(weight, workshop.training_rewards[name]) for weight, name in grid.training_rewards[cell.reward]]
-        self.reward = TrainingReward(terms, self.meter, cell.reward)
-        context = CellContext(
-            model,
-            Randomness(cell.seed, "method"),
-            self.arm.sampler,
-            self.config.micro_batch,
-            self.config.checkpointing,
-            self.config.activation_limit_gib,
-        )
-        self.tuner = self.arm.finetuner(MeteredModel(model, self.meter), self.reward, self.arm.config, context)
+        self.components = len(grid.training_rewards[cell.reward])
+        self.tuner = assemble(grid, self.arm, cell.reward, workshop.training_rewards, self.meter, cell.seed)
         self.points = sorted(p for p in self.config.budget.curve_points if p < self.config.budget.amount)
 
     def run(self) -> str:
@@ -183,19 +170,12 @@ class CellRun:
             The state that training ended in, and why. A diverged adapter is the one before the failing iteration.
         """
         tuner = self.tuner
-        assert isinstance(tuner, TrainedFineTuner)
         planned = tuner.planned_cost()
         size = tuner.requests_per_iteration
         prompts = self.workshop.grid.training_prompts()
         shape = self.workshop.model.latent_shape
         stream = request_stream(prompts, shape, self.cell.seed, start=self.spent.iterations * size)
         saved = time.perf_counter()
-        if not self.spent.iterations and not self._affordable(planned):
-            budget = self.config.budget
-            raise UserError(
-                f"a budget of {budget.amount:g} {budget.unit} does not pay for one iteration of {self.cell.arm}; "
-                "raise it, or make the method's batch smaller"
-            )
         self._evaluate_point_if_due()
         while self._affordable(planned):
             requests = [next(stream) for _ in range(size)]
@@ -226,13 +206,10 @@ class CellRun:
         return float(used[self.config.budget.unit])
 
     def _affordable(self, planned: CostRange) -> bool:
-        per_iteration = {
-            "queries": planned.maximal.queries * self.reward.components,
-            "denoiser_rows": planned.maximal.denoiser_rows,
-            "iterations": 1,
-            "seconds": self.spent.train_seconds / max(1, self.spent.iterations),
-        }
-        return self._used() + per_iteration[self.config.budget.unit] <= self.config.budget.amount + 1e-9
+        next_one = iteration_cost(planned.maximal, self.components, self.config.budget.unit)
+        if self.config.budget.unit == "seconds":
+            next_one = self.spent.train_seconds / max(1, self.spent.iterations)
+        return self._used() + next_one <= self.config.budget.amount + 1e-9
 
     def _log(self, metrics: Mapping[str, float], seconds: float) -> None:
         cost = self.meter.cost
@@ -348,7 +325,6 @@ class CellRun:
 
         Otherwise a method that explores with a stochastic sampler would be judged only away from its own policy.
         """
-        assert isinstance(self.tuner, TrainedFineTuner)
         evaluator, sampler = self.workshop.evaluator, self.tuner.training_sampler
         if sampler is None or sampler == evaluator.generation.sampler:
             return []

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from harness.api import Adapter, Cost, Randomness
+from harness.assembly import assemble, iteration_cost
 from harness.benchmark import Job
-from harness.context import CellContext
 from harness.grid import BASE_CELL, Arm, Grid
-from harness.metering import Meter, MeteredModel, TrainingReward
+from harness.metering import Meter
 
 ROWS = 16
 
@@ -65,30 +66,13 @@ def describe_cost(job: Job) -> str:
 
 
 def _training_cost(grid: Grid, arm: Arm, expression: str) -> tuple[int, Cost]:
-    config = grid.config
-    terms = [(w, grid.rewards[name](grid.model.device)) for w, name in grid.training_rewards[expression]]
-    context = CellContext(
-        grid.model,
-        Randomness(0, "method"),
-        arm.sampler,
-        config.micro_batch,
-        config.checkpointing,
-        config.activation_limit_gib,
-    )
-    meter = Meter()
-    tuner = arm.finetuner(
-        MeteredModel(grid.model, meter), TrainingReward(terms, meter, expression), arm.config, context
-    )
-    planned = tuner.planned_cost()
-    per_iteration = {
-        "queries": planned.maximal.queries * len(terms),
-        "denoiser_rows": planned.maximal.denoiser_rows,
-        "iterations": 1.0,
-        "seconds": float("inf"),
-    }[config.budget.unit]
-    iterations = int(config.budget.amount // per_iteration) if per_iteration != float("inf") else 0
-    expected = planned.expected
-    return iterations, Cost(**{**vars(expected), "queries": expected.queries * len(terms)}) * iterations
+    """Iterations that the budget pays for, and what they are expected to cost."""
+    budget, terms = grid.config.budget, grid.training_rewards[expression]
+    rewards = {name: grid.rewards[name](grid.model.device) for _, name in terms}
+    planned = assemble(grid, arm, expression, rewards, Meter(), seed=0).planned_cost()
+    each = iteration_cost(planned.maximal, len(terms), budget.unit)
+    iterations = int(budget.amount // each) if each else 0
+    return iterations, replace(planned.expected, queries=planned.expected.queries * len(terms)) * iterations
 
 
 def _timed_rows(grid: Grid) -> tuple[float, float, float]:

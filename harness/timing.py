@@ -42,29 +42,18 @@ def measure(config: RunConfig, label: str) -> dict[str, float]:
     """
     import torch
 
-    from harness.api import Randomness, TrainedFineTuner
+    from harness.assembly import assemble
     from harness.cell import request_stream
-    from harness.context import CellContext
     from harness.grid import Grid
-    from harness.metering import Meter, MeteredModel, TrainingReward
+    from harness.metering import Meter
     from harness.records import peak_memory_mib
 
     torch.set_num_threads(1)
     grid = Grid(config.model_copy(update={"workers": 1}))
     arm, model, meter = grid.arms[label], grid.model, Meter()
     expression, terms = next(iter(grid.training_rewards.items()))
-    reward = TrainingReward([(weight, grid.rewards[name](model.device)) for weight, name in terms], meter, expression)
-    model.add_adapter(config.adapter, Randomness(0, "initial adapter"))
-    context = CellContext(
-        model,
-        Randomness(0, "method"),
-        arm.sampler,
-        config.micro_batch,
-        config.checkpointing,
-        config.activation_limit_gib,
-    )
-    tuner = arm.finetuner(MeteredModel(model, meter), reward, arm.config, context)
-    assert isinstance(tuner, TrainedFineTuner)
+    rewards = {name: grid.rewards[name](model.device) for _, name in terms}
+    tuner = assemble(grid, arm, expression, rewards, meter, seed=0)
     stream = request_stream(grid.training_prompts(), model.latent_shape, 0)
     size = tuner.requests_per_iteration
     tuner.iterate([next(stream) for _ in range(size)])

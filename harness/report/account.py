@@ -25,14 +25,9 @@ EXPECTED = ("git", "packages", "cpu", "command")
 def costs(analysis: Analysis) -> Table:
     """T5: what a cell of each method spent on training."""
     headers = (
-        *(
-            "method",
-            "reward queries",
-            "reward gradients",
-            "denoiser rows",
-            "forward / with gradient / recomputed / backward",
-        ),
-        *("decodes", "training time (s)", "seconds a query, alone", "peak memory (MiB)"),
+        *("method", "reward queries (with gradient)", "denoiser rows"),
+        *("forward / with gradient / recomputed / backward", "decodes"),
+        *("training time (s)", "seconds a query, alone", "peak memory (MiB)"),
     )
     records = [cost_row(cell) for cell in analysis.run.cells if cell.counts]
     data = pd.DataFrame(records, columns=["cell", "arm", "training_reward", "seed", *COSTS, *TIMES])
@@ -46,8 +41,7 @@ def costs(analysis: Analysis) -> Table:
         rows.append(
             (
                 f"**{f.markdown(arm)}**",
-                f.count(mean["queries"]),
-                f.count(mean["reward_gradients"]),
+                f"{f.count(mean['queries'])} ({f.count(mean['reward_gradients'])})",
                 f.count(sum(mean[name] for name in ROWS)),
                 " / ".join(f.count(mean[name]) for name in ROWS),
                 f.count(mean["decodes"]),
@@ -148,7 +142,7 @@ def hyperparameters(run: Run) -> list[Table]:
     tables = []
     for i, arm in enumerate(run.plan["arms"]):
         method = arm.get("method", "")
-        origins = {}
+        origins: dict[str, str] = {}
         for origin, values in (
             ("preset", run.plan.get("config", {}).get("settings", {}).get(method, {})),
             ("set", run.plan.get("passed", {}).get("settings", {}).get(method, {})),

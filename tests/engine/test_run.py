@@ -17,6 +17,7 @@ from harness import store
 from harness.api import Prompt
 from harness.cell import request_stream
 from harness.config import resolve
+from harness.errors import UserError
 from harness.executors.local import run_cells
 from harness.grid import Grid
 from harness.registry import load_reward, load_suite, reward_names
@@ -123,13 +124,13 @@ def test_a_cell_never_spends_more_than_its_budget(bench: Bench, amount: int, com
         assert [line["queries"] for line in updates(path)] == [step * (i + 1) for i in range(amount // step)]
 
 
-def test_a_budget_below_one_iteration_is_a_fault(bench: Bench) -> None:
-    """A cell that could train nothing fails with its reason instead of passing the base off as a result."""
-    with pytest.raises(RuntimeError, match="draft"):
+def test_an_impossible_arm_is_refused_before_anything_is_spent(bench: Bench) -> None:
+    """A budget below one iteration, or a setting that a method refuses, is one sentence, and no cell is started."""
+    with pytest.raises(UserError, match="does not pay for one iteration"):
         bench.run(methods=["draft"], budget={"amount": 1, "curve_points": []})
-    status = store.read_json(cell(bench.folder / "run", "draft") / "status.json")
-    assert status["state"] == "crashed"
-    assert "does not pay for one iteration" in status["reason"]
+    with pytest.raises(UserError, match="exceeds the sampler's"):
+        bench.run(methods=["draft-k"], settings={"draft-k": {"k": 99}})
+    assert not (bench.folder / "run" / "cells").exists()
 
 
 def test_held_out_prompts_never_reach_a_method(bench: Bench) -> None:

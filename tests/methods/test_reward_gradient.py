@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.api import Adapter, CostRange, Diverged, Randomness, Request, UserError
-from harness.sampling import Step, sample
+from harness.api import BASE, Adapter, CostRange, Diverged, Randomness, Request, UserError
+from harness.sampling import Step, Transition, sample
 from methods._reward_gradient import Batch, Objective, RewardGradientConfig, RewardGradientTuner
 from models.gaussian import GaussianModel
 from models.stable_diffusion import StableDiffusion
@@ -277,7 +277,7 @@ def test_results_do_not_depend_on_micro_batches(
 
 @pytest.mark.parametrize("start", [0, 2])
 def test_adapter_strength_survives_checkpointing(tiny_model: StableDiffusion, start: int) -> None:
-    """Scale 0.5 (and 0 before the start step) is recomputed as it was, whatever other calls were made in between.
+    """Scale 0.5 (0 before the start step) and a penalty that calls the base are recomputed as they were.
 
     A strength that is set around the call, not in it, is forgotten until the backward pass recomputes the call.
     """
@@ -285,25 +285,36 @@ def test_adapter_strength_survives_checkpointing(tiny_model: StableDiffusion, st
     batch = requests(tiny_model, 2)
     x = torch.stack([r.noise for r in batch]).double()
     condition = tiny_model.condition([r.prompt.text for r in batch])
+    config = setup.context.sampler
 
     def adapter(step: Step) -> Adapter:
         return Adapter(scale=0.5 if step.index >= start else 0.0)
 
     found = []
     for checkpointing in (False, True):
+        penalties: list[Tensor] = []
+
+        def penalise(step: Step, x_t: Tensor, policy: Transition, x_next: Tensor, to: list[Tensor] = penalties) -> None:
+            noises = [
+                setup.model.predict(x_t, step.t, condition, guidance=config.guidance, adapter=chosen).noise
+                for chosen in (adapter(step), BASE)
+            ]
+            to.append((noises[0] - noises[1]).square().mean())
+
         latents = sample(
             setup.model,
             x,
             condition,
-            setup.context.sampler,
+            config,
             adapter=adapter,
             gradient_steps=4,
             checkpointing=checkpointing,
+            observe=penalise,
         )
-        with torch.no_grad():
-            setup.model.denoise(x, 10, condition, Adapter(scale=0.0))
+        assert penalties[-1] > 0
+        objective = mean_reward(setup, latents, batch) - 0.1 * torch.stack(penalties).sum()
         trained = setup.inner.adapter_parameters()
-        gradient = torch.autograd.grad(mean_reward(setup, latents, batch), list(trained.values()))
+        gradient = torch.autograd.grad(objective, list(trained.values()))
         found.append(dict(zip(trained, gradient, strict=True)))
     assert_close(found[1], found[0], 1e-12)
 

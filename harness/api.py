@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from harness.config import AdapterConfig, SamplerConfig
+from harness.config import AdapterConfig, MethodConfig, OptimizerConfig, SamplerConfig
 from harness.cost import Cost, CostRange
 from harness.errors import Diverged, UserError
 from harness.prompts import Prompt, PromptSuite
@@ -290,18 +289,6 @@ class Generation:
     lora_steps: int | None = None
 
 
-class OptimizerConfig(BaseModel):
-    """AdamW and the clipping of the gradient's norm."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    learning_rate: float = Field(4e-4, gt=0, description="DRaFT, small scale: 4e-4.")
-    weight_decay: float = Field(0.1, ge=0, description="DRaFT: 0.1.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's default; not stated in the DRaFT paper.")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW's default; not stated in the DRaFT paper.")
-    max_gradient_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's norm to this; None: do not.")
-
-
 class Optimizer(Protocol):
     """What `Context.optimizer` returns."""
 
@@ -342,14 +329,6 @@ class Context(Protocol):
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate over ranks (the identity on one process)."""
-
-
-class MethodConfig(BaseModel):
-    """Base of every method's `Config`: frozen, unknown names refused; each field says where its default is from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
 
 
 class FineTuner(ABC):

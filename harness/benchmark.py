@@ -27,7 +27,7 @@ class Job:
 
     grid: Grid
     run_dir: Path
-    todo: tuple[Cell, ...]
+    pending: tuple[Cell, ...]
     workers: int
 
 
@@ -41,9 +41,9 @@ def plan(config: RunConfig) -> Job:
     run_dir = grid.run_directory()
     _refuse_changed(grid, run_dir)
     check_arms(grid)
-    todo = tuple(cell for cell in grid.cells if not _is_done(run_dir, cell, grid))
+    pending = tuple(cell for cell in grid.cells if not _is_done(run_dir, cell, grid))
     workers = config.workers or default_workers(config)
-    return Job(grid, run_dir, todo, max(1, min(workers, len(todo))))
+    return Job(grid, run_dir, pending, max(1, min(workers, len(pending))))
 
 
 def run_benchmark(
@@ -58,7 +58,9 @@ def run_benchmark(
         _write_plan(job, passed or {})
         on_start(job)
         ends = (
-            run_cells(config, job.run_dir, job.todo, job.workers, _logging(job.run_dir, on_event)) if job.todo else {}
+            run_cells(config, job.run_dir, job.pending, job.workers, _logging(job.run_dir, on_event))
+            if job.pending
+            else {}
         )
         for cell in job.grid.cells:
             record_drift(job.run_dir, cell.cell, job.grid)
@@ -151,7 +153,7 @@ def _write_plan(job: Job, passed: Mapping[str, Any]) -> None:
         new["reference_arm"] = new["reference_arm"] if passed.get("reference") else old["reference_arm"]
         new["passed"] = {**old["passed"], **new["passed"]}
     store.write_json(job.run_dir / "run.json", {"schema": new["schema"], "name": job.run_dir.resolve().name, **new})
-    if not (job.run_dir / "provenance.json").exists() or job.todo:
+    if not (job.run_dir / "provenance.json").exists() or job.pending:
         command = "python -m harness " + " ".join(sys.argv[1:]) if sys.argv[1:] else "harness.run(config)"
         store.write_json(job.run_dir / "provenance.json", collect(job.grid, command))
 

@@ -46,6 +46,26 @@ class AdapterConfig(BaseModel):
     )
 
 
+class OptimizerConfig(BaseModel):
+    """AdamW and the clipping of the gradient's norm."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rate: float = Field(4e-4, gt=0, description="DRaFT, small scale: 4e-4.")
+    weight_decay: float = Field(0.1, ge=0, description="DRaFT: 0.1.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's default; not stated in the DRaFT paper.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's default; not stated in the DRaFT paper.")
+    max_gradient_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's norm to this; None: do not.")
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's `Config`: frozen, unknown names refused; each field says where its default is from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+
+
 class BudgetConfig(BaseModel):
     """What a cell may spend on training."""
 

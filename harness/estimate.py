@@ -27,7 +27,7 @@ def describe_cost(job: Job) -> str:
     curve = len(list(grid.evaluated.values())[-1]) * min(config.evaluation.curve_latents, config.evaluation.latents)
     diversity = config.evaluation.diversity_prompts * config.evaluation.diversity_latents
     lines = [
-        f"{job.run_dir}: {len(grid.cells)} cells, {len(job.todo)} to run on {job.workers} worker(s)",
+        f"{job.run_dir}: {len(grid.cells)} cells, {len(job.pending)} to run on {job.workers} worker(s)",
         (
             f"model {grid.model.name}, suite {grid.suite.name}, {len(config.seeds)} seed(s), "
             f"budget {config.budget.amount:g} {config.budget.unit} a cell"
@@ -49,13 +49,13 @@ def describe_cost(job: Job) -> str:
                 + (cost.decodes + evaluation.decodes) * decode
             )
             seconds_of[label, expression] = seconds
-            count = sum(1 for c in job.todo if (c.arm, c.reward) == (label, expression))
+            count = sum(1 for c in job.pending if (c.arm, c.reward) == (label, expression))
             total = total + (cost + evaluation) * count
             lines.append(
                 f"{label:<16}{expression:<26}{iterations:>11}{cost.queries:>9.0f}{cost.denoiser_rows:>15.0f}{seconds:>9.0f}"
             )
-    work = sum(seconds_of[c.arm, c.reward] for c in job.todo if c.cell != BASE_CELL)
-    kilobytes = (final * 12 + 300) * len(job.todo)
+    work = sum(seconds_of[c.arm, c.reward] for c in job.pending if c.cell != BASE_CELL)
+    kilobytes = (final * 12 + 300) * len(job.pending)
     lines += [
         "",
         f"in all: {total.denoiser_rows:.0f} denoiser rows (evaluation included), {total.queries:.0f} training queries,",

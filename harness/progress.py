@@ -52,11 +52,11 @@ class Display:
 
     def start(self, job: Job) -> None:
         """Say what is about to run."""
-        self._total = len(job.todo)
+        self._total = len(job.pending)
         self._begin = time.monotonic()
-        done = len(job.grid.cells) - len(job.todo)
+        done = len(job.grid.cells) - len(job.pending)
         kept = f", {done} done before" if done else ""
-        self._say(f"{job.run_dir}: {len(job.todo)} cells to run{kept}, {job.workers} worker(s)")
+        self._say(f"{job.run_dir}: {len(job.pending)} cells to run{kept}, {job.workers} worker(s)")
         self._all = self._progress.add_task("all cells", total=max(1, self._total), left="", detail="")
 
     def event(self, event: Event) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from harness.errors import UserError, nearest
 from harness.prompts import Split
@@ -32,6 +32,12 @@ class SamplerConfig(BaseModel):
     final_alpha: Literal["one", "first"] = Field(
         "one", description="Target of the last step: a clean latent (one), or alpha of training timestep 0 (first)."
     )
+
+    @model_validator(mode="after")
+    def _leading_covers_the_range(self) -> SamplerConfig:
+        if self.spacing == "leading" and self.steps > 500:
+            raise ValueError("leading spacing takes at most 500 steps (beyond, it would leave out the noisiest half)")
+        return self
 
 
 class AdapterConfig(BaseModel):
@@ -316,4 +322,4 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "", als
             field = getattr(owner, "model_fields", {}).get(str(part))
             owner = field.annotation if field is not None else owner
         return f"there is no setting {where}{path}; {nearest(unknown, [*getattr(owner, 'model_fields', {}), *also])}"
-    return f"{where}{path}={problem['input']!r}: {problem['msg'].lower()}"
+    return f"{where}{path}={problem['input']!r}: {problem['msg'].removeprefix('Value error, ').lower()}"

@@ -156,6 +156,7 @@ MISTAKES = {
     "--methods draft --set sampler.steps=[3": ("[3", "YAML"),
     "--methods draft --set sampler=1 --set sampler.eta=1": ("sampler", "one of the two"),
     "--methods draft --set 'evaluation.prompts={held-out: 0}'": ("'held-out': 0", "at least one prompt"),
+    "--methods draft --set sampler.spacing=leading --set sampler.steps=600": ("600", "at most 500"),
     "--methods draft --seeds 3-1": ("'3-1'", "(5-9)"),
     "--methods draft --seeds 1,1": ("(1, 1)", "repeat"),
     "--methods draft --budget 256": ("'256'", "queries=256"),

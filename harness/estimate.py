@@ -29,7 +29,7 @@ def describe_cost(job: Job) -> str:
     lines = [
         f"{job.run_dir}: {len(grid.cells)} cells, {len(job.pending)} to run on {job.workers} worker(s)",
         (
-            f"model {grid.model.name}, suite {grid.suite.name}, {len(config.seeds)} seed(s), "
+            f"model {grid.model_name}, suite {grid.suite.name}, {len(config.seeds)} seed(s), "
             f"budget {config.budget.amount:g} {config.budget.unit} a cell"
         ),
         "",

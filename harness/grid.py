@@ -208,6 +208,11 @@ class Grid:
             "evaluation": self.evaluation_identity(),
         }
 
+    @property
+    def model_name(self) -> str:
+        """As given for an embedded model, else what the model calls itself."""
+        return self.config.model if self.source.family != "any" else self.model.name
+
     @cached_property
     def fingerprint(self) -> str:
         """Of the model's weights, computed once."""
@@ -288,7 +293,7 @@ class Grid:
                 "evaluated": {split: [p.id for p in prompts] for split, prompts in self.evaluated.items()},
             },
             "model": {
-                "name": self.config.model if self.source.family != "any" else self.model.name,
+                "name": self.model_name,
                 "fingerprint": self.fingerprint,
                 "parameters": parameters,
             },

@@ -38,7 +38,7 @@ def collect(grid: Grid, command: str) -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "threads_per_worker": 1,
         "deterministic": "bit-equal on one platform, for resumed runs and any number of workers (CPU)",
-        "model": {"name": grid.model.name, "fingerprint": grid.fingerprint},
+        "model": {"name": grid.model_name, "fingerprint": grid.fingerprint},
         "suite": {"name": grid.suite.name, "version": grid.suite.version, "sha256": grid.suite.sha256},
         "started": utc_now(),
     }

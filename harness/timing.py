@@ -17,7 +17,10 @@ ITERATIONS = 2
 
 
 def time_arms(config: RunConfig, run_dir: Path, labels: Sequence[str]) -> None:
-    """Write timing.json: for each arm what `measure` gives. Arms that are there already are left alone."""
+    """Write timing.json: for each arm what `measure` gives. Arms that are there already are left alone.
+
+    An arm that cannot be timed does not cost the run its results: it is said, logged, and tried again next time.
+    """
     import os
 
     path = run_dir / "timing.json"
@@ -32,6 +35,11 @@ def time_arms(config: RunConfig, run_dir: Path, labels: Sequence[str]) -> None:
         if done.returncode == 0:
             timing[label] = json.loads(done.stdout.splitlines()[-1])
             store.write_json(path, timing)
+        else:
+            why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            print(f"{label} could not be timed alone ({why}); the same command tries again", file=sys.stderr)
+            event = {"time": store.utc_now(), "event": "not timed", "arm": label, "detail": why}
+            store.append_line(run_dir / "log.jsonl", event)
 
 
 def measure(config: RunConfig, label: str) -> dict[str, float]:

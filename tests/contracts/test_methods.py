@@ -21,7 +21,7 @@ from tests.fakes import CPU, BrightnessReward, Lab, QuadraticReward, evaluate, l
 
 METHODS = sorted(discover("methods"))
 # Small enough for a chain of four steps; a method takes those that it has.
-SMALL = {"batch_size": 4, "rollout_size": 4, "m": 3, "optimizer": {"learning_rate": 1e-2}}
+SMALL = {"per_prompt_minimum": 2, "batch_size": 4, "rollout_size": 4, "m": 3, "optimizer": {"learning_rate": 1e-2}}
 
 
 def small(method: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ __all__ = [
     "Embedding",
     "FineTuner",
     "Generation",
+    "InferenceFineTuner",
     "MethodConfig",
     "Optimizer",
     "OptimizerConfig",
@@ -332,12 +333,13 @@ class Context(Protocol):
 
 
 class FineTuner(ABC):
-    """An algorithm that adapts a model to a reward. Subclass `TrainedFineTuner`; the class in a file of methods/ is
-    found by itself, `path/to/file.py:Class` works as well.
+    """An algorithm that adapts a model to a reward. Subclass `TrainedFineTuner` or `InferenceFineTuner`; the class in a
+    file of methods/ is found by itself, `path/to/file.py:Class` works as well.
 
     Attributes:
         version: Bumped whenever the method's numbers change.
-        stochastic: Whether seeds differ beyond the stream of requests and the adapter's initial values.
+        stochastic: Whether seeds differ beyond the stream of requests and the adapter's initial values. An
+            inference-time method that is not stochastic is one cell, whatever the number of seeds.
         needs_reward_gradient: A non-differentiable reward is refused before anything is spent.
         Config: Every hyper-parameter with default and source.
     """
@@ -353,7 +355,8 @@ class FineTuner(ABC):
 
     @abstractmethod
     def planned_cost(self) -> CostRange:
-        """Cost of one iteration, for --dry-run, for the stop rule, and checked against the meter by tests.
+        """Cost of one iteration, or of one picture where nothing is trained: for --dry-run, for the stop rule, and
+        checked against the meter by tests.
 
         Queries are those of a reward with one component; the harness multiplies by the number of components.
         """
@@ -397,3 +400,18 @@ class TrainedFineTuner(FineTuner):
         from harness.sampling import generate
 
         return generate(self.model, requests, generation)
+
+
+class InferenceFineTuner(FineTuner):
+    """A method that changes no weights: `generate` spends queries and denoiser rows on each picture it makes.
+
+    Its randomness beyond the requests' own noise is `context.randomness`, keyed by the requests' ids, so that a picture
+    does not depend on its batch.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is learnt."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""

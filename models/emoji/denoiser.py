@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +13,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from models.emoji.autoencoder import LATENT_CHANNELS
 from models.emoji.data import COLOURS, STYLES, Jitter, Sprites, balanced_indices, caption, compose
 from models.emoji.loop import Stage, save_atomically
-from models.emoji.text import MAX_LENGTH, WIDTH, build_text_encoder
+from models.emoji.text import GRID, MAX_LENGTH, WIDTH, build_text_encoder
 
-# Less freedom than the autoencoder sees, and no mirror images: on a CPU the denoiser has to learn the
-# shapes themselves first, and every further pose is one more shape. A latent covers 8 pixels, so that a
-# shift of two changes all of them; the tight placement that follows the loose one is what makes outlines
-# settle.
-LOOSE = Jitter(scale=(0.84, 0.92), shift=2.0, flip=0.0)
-TIGHT = Jitter(scale=(0.87, 0.89), shift=0.5, flip=0.0)
+# Nearly fixed, and no mirror images: on a CPU the denoiser has to learn the shapes themselves first, and
+# every further pose is one more shape. A latent covers 8 pixels, so that a shift of two changes all of them.
+PLACEMENT = Jitter(scale=(0.87, 0.89), shift=0.5, flip=0.0, name_style=0.7, name_colour=0.7)
 
 
 @dataclass(frozen=True)
@@ -83,16 +79,14 @@ def build_scheduler() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def encode_set(
-    vae: AutoencoderKL, sprites: Sprites, path: Path, placement: Jitter, *, count: int, seed: int
-) -> LatentSet:
+def encode_set(vae: AutoencoderKL, sprites: Sprites, path: Path, *, count: int, seed: int) -> LatentSet:
     """Return `count` encoded compositions (posterior means), from `path` if they are stored there."""
     if not path.exists():
         generator = torch.Generator().manual_seed(seed)
         latents, name_id, style_id, colour_id = [], [], [], []
         for start in range(0, count, 64):
             rows = balanced_indices(sprites, min(64, count - start), generator)
-            batch = compose(sprites, rows, generator, placement)
+            batch = compose(sprites, rows, generator, PLACEMENT)
             images = batch.images.contiguous(memory_format=torch.channels_last)
             latents.append(vae.encode(images).latent_dist.mean.contiguous())
             name_id.append(batch.name_id)
@@ -103,92 +97,132 @@ def encode_set(
     return LatentSet(*torch.load(path, weights_only=True)["parts"])
 
 
-def token_table(tokenizer: CLIPTokenizer, names: tuple[str, ...]) -> Tensor:
-    """Return the tokens of every caption, int64 (names, styles + 1, colours + 1, 24); last means unsaid."""
-    captions = [
-        caption(name, style, colour) for name in names for style in (*STYLES, None) for colour in (*COLOURS, None)
-    ]
-    tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_LENGTH)["input_ids"]
-    return torch.tensor(tokens).view(len(names), len(STYLES) + 1, len(COLOURS) + 1, MAX_LENGTH)
-
-
-class Denoiser(nn.Module):
-    """UNet and text encoder as one module, since they are trained together."""
-
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
-        """Return the predicted velocity (B, 16, 8, 8) of latents at timesteps (B,), given tokens (B, 24)."""
-        # bfloat16 speeds up the UNet on processors that have it, and slows down the narrow text encoder.
-        context = self.text_encoder(tokens)[0]
-        with torch.autocast("cpu", torch.bfloat16):
-            velocity: Tensor = self.unet(noisy, timestep, context).sample
-        return velocity.float()
-
-
-def train_denoiser(
-    phases: Sequence[tuple[int, LatentSet]],
-    tokenizer: CLIPTokenizer,
-    names: tuple[str, ...],
-    folder: Path,
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    drop: float = 0.1,
-) -> Denoiser:
-    """Train UNet and text encoder on stored latents; return them with averaged weights.
-
-    The loss is the mean squared error of the velocity at uniform timesteps: with this target every noise
-    level has errors of the same size, so no weights are needed for the high noise levels, where ten
-    sampling steps decide on the shape.
+class CaptionedLatents:
+    """Draws of encoded pictures with captions that say more or less about them.
 
     Args:
-        phases: training sets in their order, each with the update that it begins at; the first with 0.
+        latents: the encoded pictures.
         tokenizer: of the captions.
         names: the vocabulary that `name_id` points into.
+        drop: probability of an empty caption, for guidance.
+
+    Attributes:
+        tokens: int64 (captions, 24): every caption there is, the empty one last.
+    """
+
+    def __init__(self, latents: LatentSet, tokenizer: CLIPTokenizer, names: tuple[str, ...], drop: float) -> None:
+        self.latents, self.drop = latents, drop
+        styles, colours = (*STYLES, None), (*COLOURS, None)
+        captions = [caption(name, style, colour) for name in names for style in styles for colour in colours]
+        encoded = tokenizer([*captions, ""], padding="max_length", truncation=True, max_length=MAX_LENGTH)
+        self.tokens = torch.tensor(encoded["input_ids"])
+        # Every name equally often, whatever the stored set drew.
+        self.weights = 1.0 / torch.bincount(latents.name_id, minlength=len(names)).double()[latents.name_id]
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return latents (count, 16, 8, 8) and rows of `tokens`, int64 (count,)."""
+
+        def chance(p: float) -> Tensor:
+            return torch.rand(count, generator=generator) < p
+
+        rows = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        style = torch.where(chance(PLACEMENT.name_style), self.latents.style_id[rows], len(STYLES))
+        colour = torch.where(chance(PLACEMENT.name_colour), self.latents.colour_id[rows], len(COLOURS))
+        said = (self.latents.name_id[rows] * (len(STYLES) + 1) + style) * (len(COLOURS) + 1) + colour
+        return self.latents.latents[rows], torch.where(chance(self.drop), len(self.tokens) - 1, said)
+
+
+class PictureFromCaption(nn.Module):
+    """The text encoder with a linear read-out of the picture: the task that it learns before the UNet.
+
+    Trained with the UNet from a random start, it takes tens of thousands of updates until captions tell
+    the animals apart. Asked for the mean picture of a caption it takes a thousand, and the UNet then
+    finds each cell's content in one token, whatever the animal.
+    """
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.cell = 8 // GRID
+        self.read_out = nn.Linear(WIDTH, LATENT_CHANNELS * self.cell**2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the expected latents (B, 16, 8, 8) of captions (B, 24): token 8 + i shows cell i."""
+        # bfloat16 speeds up batches this large on processors that have it.
+        with torch.autocast("cpu", torch.bfloat16):
+            states = self.text_encoder(tokens)[0][:, -(GRID**2) :]
+        cells = self.read_out(states.float()).view(-1, GRID, GRID, LATENT_CHANNELS, self.cell, self.cell)
+        return cells.permute(0, 3, 1, 4, 2, 5).reshape(-1, LATENT_CHANNELS, 8, 8)
+
+
+def train_text_encoder(
+    data: CaptionedLatents, tokenizer: CLIPTokenizer, folder: Path, *, steps: int, batch: int, lr: float, seed: int
+) -> CLIPTextModel:
+    """Train the text encoder to foretell the latents of a caption's picture (mean squared error).
+
+    Args:
+        data: latents and captions.
+        tokenizer: of the captions.
         folder: where the checkpoint goes.
         steps: planned number of updates.
         batch: rows per update.
         lr: peak learning rate.
         seed: of the weights and of all draws.
-        drop: probability of an empty caption, for guidance.
     """
     torch.manual_seed(seed)
-    denoiser = Denoiser(build_unet(), build_text_encoder(tokenizer))
-    alphas = build_scheduler().alphas_cumprod
-    table = token_table(tokenizer, names)
-    empty = tokenizer([""], padding="max_length", max_length=MAX_LENGTH)["input_ids"]
-    nothing = torch.tensor(empty)
-    # Every name equally often, whatever the stored sets drew.
-    weights = [1.0 / torch.bincount(part.name_id, minlength=len(names)).double()[part.name_id] for _, part in phases]
+    module = PictureFromCaption(build_text_encoder(tokenizer))
+    matrices = [p for name, p in module.text_encoder.named_parameters() if p.ndim == 2 and "embedding" not in name]
 
     def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        def chance(p: float) -> Tensor:
-            return torch.rand(batch, generator=generator) < p
+        clean, said = data.draw(batch, generator)
+        return (module(data.tokens[said]) - clean).square().mean(), {}
 
-        phase = sum(stage.step >= start for start, _ in phases) - 1
-        latents = phases[phase][1]
-        rows = torch.multinomial(weights[phase], batch, replacement=True, generator=generator)
-        clean = latents.latents[rows]
-        style = torch.where(chance(LOOSE.name_style), latents.style_id[rows], len(STYLES))
-        colour = torch.where(chance(LOOSE.name_colour), latents.colour_id[rows], len(COLOURS))
-        tokens = table[latents.name_id[rows], style, colour]
-        tokens = torch.where(chance(drop)[:, None], nothing, tokens)
-        timestep = torch.randint(len(alphas), (batch,), generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    stage = Stage("text", module, folder, steps=steps, lr=lr, generator=generator, decay=0.998, orthogonal=matrices)
+    stage.run(loss_of)
+    return module.text_encoder
+
+
+def train_denoiser(
+    data: CaptionedLatents, text_encoder: CLIPTextModel, folder: Path, *, steps: int, batch: int, lr: float, seed: int
+) -> UNet2DConditionModel:
+    """Train the UNet on stored latents under the frozen text encoder; return it with averaged weights.
+
+    The loss is the mean squared error of the velocity: with this target every noise level has errors of
+    the same size. High noise levels, where ten sampling steps decide on the shape, are drawn more often at
+    first: a timestep is 1000*u^p with uniform u, and p grows from 0.4 to 1 along the training.
+
+    Args:
+        data: latents and captions.
+        text_encoder: trained; its states of all captions are computed once.
+        folder: where the checkpoint goes.
+        steps: planned number of updates.
+        batch: rows per update.
+        lr: peak learning rate.
+        seed: of the weights and of all draws.
+    """
+    torch.manual_seed(seed)
+    unet = build_unet()
+    alphas = build_scheduler().alphas_cumprod
+    with torch.no_grad():
+        states = torch.cat([text_encoder(part)[0] for part in data.tokens.split(256)])
+
+    def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        clean, said = data.draw(batch, generator)
+        power = 0.4 + 0.6 * stage.step / stage.steps
+        timestep = (torch.rand(batch, generator=generator).pow(power) * len(alphas)).long().clamp_max(len(alphas) - 1)
         noise = torch.randn(clean.shape, generator=generator)
         signal = alphas[timestep].sqrt()[:, None, None, None]
         spread = (1 - alphas[timestep]).sqrt()[:, None, None, None]
-        out = denoiser(signal * clean + spread * noise, timestep, tokens)
+        # bfloat16 speeds up the UNet on processors that have it.
+        with torch.autocast("cpu", torch.bfloat16):
+            out = unet(signal * clean + spread * noise, timestep, states[said]).sample
         # A row's error, then the mean: the progress line also shows the noisiest fifth.
-        error = (out - (signal * noise - spread * clean)).square().mean((1, 2, 3))
+        error = (out.float() - (signal * noise - spread * clean)).square().mean((1, 2, 3))
         high = error[timestep >= 800]
         return error.mean(), {"high": high.mean().item() if len(high) else float("nan")}
 
     generator = torch.Generator().manual_seed(seed)
-    stage = Stage("denoiser", denoiser, folder, steps=steps, lr=lr, generator=generator, decay=0.9993, warmup=500)
+    stage = Stage("denoiser", unet, folder, steps=steps, lr=lr, generator=generator, decay=0.9993, warmup=500)
     stage.run(loss_of)
-    return denoiser
+    return unet

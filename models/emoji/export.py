@@ -8,24 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.emoji.autoencoder import psnr
 from models.emoji.data import Sprites, balanced_indices, caption, compose
-from models.emoji.denoiser import Denoiser, build_scheduler
+from models.emoji.denoiser import build_scheduler
 
 
-def export_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer, denoiser: Denoiser, folder: Path) -> None:
+def export_pipeline(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, folder: Path
+) -> None:
     """Write the pipeline as fp16 safetensors; the modules passed in are left in fp16."""
     pipeline = StableDiffusionPipeline(
         vae=vae.to(memory_format=torch.contiguous_format).half(),
-        text_encoder=denoiser.text_encoder.half(),
+        text_encoder=text_encoder.half(),
         tokenizer=tokenizer,
-        unet=denoiser.unet.half(),
+        unet=unet.half(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
 
 
 class Stage:
-    """One resumable training: a module, AdamW, averaged weights and a generator.
+    """One resumable training: a module, its optimisers, averaged weights and a generator.
 
     A checkpoint is written every `save_every` seconds and at the end; `run` continues from it, with the
     generator's state, as if nothing had happened.
@@ -72,12 +72,13 @@ class Stage:
         module: what is averaged; parameters that need a gradient are optimised.
         folder: where checkpoints go.
         steps: planned length, which also fixes the learning-rate curve.
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate of all optimisers.
         generator: source of all randomness of the stage.
         decay: of the averaged weights.
         warmup: steps of linear warm-up.
         final: last learning rate as a fraction of the peak.
-        weight_decay: of AdamW.
+        weight_decay: of all optimisers.
+        orthogonal: matrices to train by Muon, whose updates have equal singular values; the rest is AdamW's.
         save_every: seconds between checkpoints.
     """
 
@@ -94,6 +95,7 @@ class Stage:
         warmup: int = 200,
         final: float = 0.02,
         weight_decay: float = 1e-4,
+        orthogonal: Sequence[nn.Parameter] = (),
         save_every: float = 120.0,
     ) -> None:
         self.name, self.module, self.path = name, module, folder / f"{name}.pt"
@@ -101,9 +103,18 @@ class Stage:
         self.generator, self.save_every = generator, save_every
         self.average = Average(module, decay)
         self.trained = [p for p in module.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(
-            self.trained, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-        )
+        matrices = {id(p) for p in orthogonal}
+        others = [p for p in self.trained if id(p) not in matrices]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        ]
+        if orthogonal:
+            # Updates as large as AdamW's, so that one learning rate serves both.
+            self.optimisers.append(
+                torch.optim.Muon(
+                    orthogonal, lr=lr, weight_decay=weight_decay, ns_steps=3, adjust_lr_fn="match_rms_adamw"
+                )
+            )
         self.step, self.seconds = 0, 0.0
 
     def save(self) -> None:
@@ -112,7 +123,7 @@ class Stage:
             "module": self.module.state_dict(),
             "average": self.average.shadow,
             "updates": self.average.updates,
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "generator": self.generator.get_state(),
             "step": self.step,
             "seconds": self.seconds,
@@ -126,7 +137,8 @@ class Stage:
         state = torch.load(self.path, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.average.shadow, self.average.updates = state["average"], state["updates"]
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
         self.generator.set_state(state["generator"])
         self.step, self.seconds = state["step"], state["seconds"]
         return True
@@ -140,13 +152,15 @@ class Stage:
         self.resume()
         start, saved, shown = time.monotonic() - self.seconds, time.monotonic(), 0.0
         while self.step < self.steps:
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.lr * cosine(self.step, self.steps, self.warmup, self.final)
+            for optimiser in self.optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = self.lr * cosine(self.step, self.steps, self.warmup, self.final)
             loss, figures = loss_of(self.generator)
-            self.optimiser.zero_grad(set_to_none=True)
+            self.module.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(self.trained, 1.0)
-            self.optimiser.step()
+            for optimiser in self.optimisers:
+                optimiser.step()
             self.average.update(self.module)
             self.step += 1
             self.seconds = time.monotonic() - start

@@ -12,7 +12,9 @@ from pathlib import Path
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_LENGTH = 24
-WIDTH = 128
+WIDTH = 192
+# The last tokens of a caption are padding, which sees all its words: one for each cell of a 4x4 grid.
+GRID = 4
 START, END = "<|startoftext|>", "<|endoftext|>"
 # How CLIP's tokenizer cuts an ASCII text before the byte pairs: words, single digits, other runs.
 PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
@@ -85,7 +87,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         intermediate_size=4 * WIDTH,
         projection_dim=WIDTH,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=6,
         max_position_embeddings=MAX_LENGTH,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -2,8 +2,8 @@
 
     python -m models.emoji.train --data DIR --work DIR
 
-Each stage resumes from its checkpoint in the work folder; `decoder` and `denoiser` both need only `vae`
-and may run side by side, one core each.
+Each stage resumes from its checkpoint in the work folder. `denoiser` needs `text`; `decoder` may run beside
+both, on another core.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.emoji.autoencoder import normalise_latents, train_autoencoder, train_decoder
 from models.emoji.data import COLOURS, STYLES, Sprites, caption, load_sprites
-from models.emoji.denoiser import LOOSE, TIGHT, Denoiser, build_unet, encode_set, train_denoiser
+from models.emoji.denoiser import CaptionedLatents, build_unet, encode_set, train_denoiser, train_text_encoder
 from models.emoji.export import (
     checksums,
     export_pipeline,
@@ -29,9 +29,9 @@ from models.emoji.export import (
     sample_prompts,
     save_grid,
 )
-from models.emoji.text import build_text_encoder, write_tokenizer
+from models.emoji.text import write_tokenizer
 
-STAGES = ("vae", "decoder", "denoiser", "export")
+STAGES = ("vae", "decoder", "text", "denoiser", "export")
 HERE = Path(__file__).parent
 
 
@@ -46,9 +46,12 @@ class Recipe:
         vae_lr: peak learning rate of that stage.
         decoder_steps: further updates of the decoder alone.
         decoder_lr: peak learning rate of that stage.
-        latents: compositions encoded for the denoiser, loosely placed; half as many tightly placed.
-        loose_steps: updates of the denoiser on the loose ones, before the tight ones take over.
-        denoiser_steps: updates of UNet and text encoder.
+        latents: compositions encoded for the text encoder and the denoiser.
+        drop: share of empty captions, for guidance.
+        text_steps: updates of the text encoder.
+        text_batch: pictures per update of that stage.
+        text_lr: peak learning rate of that stage.
+        denoiser_steps: updates of the UNet.
         denoiser_lr: peak learning rate of that stage.
         fresh: compositions that a PSNR is measured on.
     """
@@ -59,10 +62,13 @@ class Recipe:
     vae_lr: float = 2e-3
     decoder_steps: int = 1800
     decoder_lr: float = 5e-4
-    latents: int = 24576
-    loose_steps: int = 6416
-    denoiser_steps: int = 13200
-    denoiser_lr: float = 1e-3
+    latents: int = 12288
+    drop: float = 0.1
+    text_steps: int = 2500
+    text_batch: int = 64
+    text_lr: float = 6e-3
+    denoiser_steps: int = 26000
+    denoiser_lr: float = 2e-3
     fresh: int = 256
 
 
@@ -107,15 +113,32 @@ def make_tokenizer(sprites: Sprites, work: Path) -> CLIPTokenizer:
     return write_tokenizer(captions, work / "tokenizer")
 
 
-def stage_denoiser(sprites: Sprites, recipe: Recipe, work: Path) -> None:
-    """Train UNet and text encoder on encoded compositions; the checkpoint holds the result."""
+def captioned_latents(sprites: Sprites, recipe: Recipe, work: Path) -> CaptionedLatents:
+    """Return the encoded compositions, encoded now if they are not in the work folder."""
     vae = load_vae(work / "vae")
-    loose = encode_set(vae, sprites, work / "latents.pt", LOOSE, count=recipe.latents, seed=recipe.seed + 4)
-    tight = encode_set(vae, sprites, work / "latents-tight.pt", TIGHT, count=recipe.latents // 2, seed=recipe.seed + 6)
-    train_denoiser(
-        [(0, loose), (recipe.loose_steps, tight)],
+    latents = encode_set(vae, sprites, work / "latents.pt", count=recipe.latents, seed=recipe.seed + 4)
+    return CaptionedLatents(latents, make_tokenizer(sprites, work), sprites.names, recipe.drop)
+
+
+def stage_text(sprites: Sprites, recipe: Recipe, work: Path) -> None:
+    """Train the text encoder; save it as `work/text_encoder`."""
+    text_encoder = train_text_encoder(
+        captioned_latents(sprites, recipe, work),
         make_tokenizer(sprites, work),
-        sprites.names,
+        work,
+        steps=recipe.text_steps,
+        batch=recipe.text_batch,
+        lr=recipe.text_lr,
+        seed=recipe.seed + 6,
+    )
+    text_encoder.save_pretrained(work / "text_encoder")
+
+
+def stage_denoiser(sprites: Sprites, recipe: Recipe, work: Path) -> None:
+    """Train the UNet; the checkpoint holds the result."""
+    train_denoiser(
+        captioned_latents(sprites, recipe, work),
+        CLIPTextModel.from_pretrained(work / "text_encoder"),
         work,
         steps=recipe.denoiser_steps,
         batch=recipe.batch,
@@ -134,10 +157,10 @@ def stage_export(sprites: Sprites, recipe: Recipe, work: Path, out: Path) -> Non
         average = torch.load(checkpoint, weights_only=True)["average"]
         vae.load_state_dict({**vae.state_dict(), **average})
     tokenizer = make_tokenizer(sprites, work)
-    denoiser = Denoiser(build_unet(), build_text_encoder(tokenizer))
+    unet = build_unet()
     state = torch.load(work / "denoiser.pt", weights_only=True)
-    denoiser.load_state_dict({**state["module"], **state["average"]})
-    export_pipeline(vae, tokenizer, denoiser, out / "pipeline")
+    unet.load_state_dict({**state["module"], **state["average"]})
+    export_pipeline(vae, tokenizer, CLIPTextModel.from_pretrained(work / "text_encoder"), unet, out / "pipeline")
     pipeline = load_pipeline(out / "pipeline")
     quality = reconstruction_psnr(pipeline.vae, sprites, count=recipe.fresh, seed=recipe.seed + 2)
     print(f"denoiser: {state['step']} steps in {state['seconds']:.0f} s; PSNR {quality:.2f} dB")
@@ -156,6 +179,8 @@ def train(sprites: Sprites, recipe: Recipe, stages: Sequence[str], work: Path, o
         stage_vae(sprites, recipe, work)
     if "decoder" in stages:
         stage_decoder(sprites, recipe, work)
+    if "text" in stages:
+        stage_text(sprites, recipe, work)
     if "denoiser" in stages:
         stage_denoiser(sprites, recipe, work)
     if "export" in stages:
@@ -174,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=recipe.seed)
     parser.add_argument("--vae-steps", type=int, default=recipe.vae_steps)
     parser.add_argument("--decoder-steps", type=int, default=recipe.decoder_steps)
+    parser.add_argument("--text-steps", type=int, default=recipe.text_steps)
     parser.add_argument("--denoiser-steps", type=int, default=recipe.denoiser_steps)
     parser.add_argument("--latents", type=int, default=recipe.latents, help="compositions encoded once")
     given = parser.parse_args(arguments)
@@ -182,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=given.seed,
         vae_steps=given.vae_steps,
         decoder_steps=given.decoder_steps,
+        text_steps=given.text_steps,
         denoiser_steps=given.denoiser_steps,
         latents=given.latents,
     )

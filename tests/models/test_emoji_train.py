@@ -131,9 +131,11 @@ def test_a_resumed_stage_ends_where_an_unbroken_one_does(tmp_path: Path) -> None
 
 def test_all_stages_from_nothing(sprites: Sprites, tmp_path: Path) -> None:
     """Three updates of everything leave a pipeline that loads and generates."""
-    recipe = Recipe(batch=4, vae_steps=3, decoder_steps=2, latents=16, denoiser_steps=3, fresh=8)
+    recipe = Recipe(
+        batch=4, vae_steps=3, decoder_steps=2, latents=16, text_steps=3, text_batch=4, denoiser_steps=3, fresh=8
+    )
     work, out = tmp_path / "work", tmp_path / "out"
-    train(sprites, recipe, ("vae", "decoder", "denoiser", "export"), work, out)
+    train(sprites, recipe, ("vae", "decoder", "text", "denoiser", "export"), work, out)
     pipeline = StableDiffusionPipeline.from_pretrained(out / "pipeline", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.safety_checker is None

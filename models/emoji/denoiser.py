@@ -152,7 +152,8 @@ class PictureFromCaption(nn.Module):
         with torch.autocast("cpu", torch.bfloat16):
             states = self.text_encoder(tokens)[0][:, -(GRID**2) :]
         cells = self.read_out(states.float()).view(-1, GRID, GRID, LATENT_CHANNELS, self.cell, self.cell)
-        return cells.permute(0, 3, 1, 4, 2, 5).reshape(-1, LATENT_CHANNELS, 8, 8)
+        picture: Tensor = cells.permute(0, 3, 1, 4, 2, 5).reshape(-1, LATENT_CHANNELS, 8, 8)
+        return picture
 
 
 def train_text_encoder(

@@ -90,6 +90,7 @@ def log_probability(x_next_BCHW: Tensor, policy: Transition) -> Tensor:
 
 
 StepNoise = Callable[[Step], Tensor]
+Predict = Callable[[Step, Tensor], Prediction]
 Observer = Callable[[Step, Tensor, Transition, Tensor], None]
 
 
@@ -101,6 +102,11 @@ def step_noise(model: DiffusionModel, requests: Sequence[Request], randomness: R
         return torch.stack(rows).to(model.device, model.dtype)
 
     return draw
+
+
+def evaluation_noise(model: DiffusionModel, requests: Sequence[Request]) -> StepNoise:
+    """Noise of an evaluation's stochastic steps: keyed by the requests' ids alone, one for all methods and seeds."""
+    return step_noise(model, requests, Randomness(0, "evaluation"), "step")
 
 
 def initial_latents(model: DiffusionModel, requests: Sequence[Request]) -> Tensor:
@@ -118,7 +124,9 @@ def sample(
     gradient_steps: int = 0,
     checkpointing: bool = False,
     noise: StepNoise | None = None,
+    start: int = 0,
     stop: int | None = None,
+    predict: Predict | None = None,
     observe: Observer | None = None,
 ) -> Tensor:
     """Run the chain from x_T.
@@ -133,7 +141,9 @@ def sample(
             depend on the parameters this equals a stop-gradient at x_K (DRaFT, Algorithm 1). K = T is the whole chain.
         checkpointing: Recompute each step's activations in the backward pass instead of keeping them.
         noise: Noise of each step; required where eta > 0.
+        start: Run only the steps from this index on; x_BCHW is then the latent before that step.
         stop: Run only the steps before this index; None runs all.
+        predict: Says what x_t is, from (step, x_t), instead of the model with condition, guidance and adapter.
         observe: Called after each step with (step, x before, the policy that was sampled, x after).
 
     Returns:
@@ -146,12 +156,12 @@ def sample(
     if config.eta > 0 and noise is None:
         raise ValueError("a stochastic sampler (eta > 0) needs the noise of its steps")
     x = x_BCHW
-    for step in steps[:stop]:
+    for step in steps[start:stop]:
         chosen = adapter(step) if callable(adapter) else adapter
         with_gradient = step.index >= len(steps) - gradient_steps and torch.is_grad_enabled()
         drawn = noise(step) if noise is not None and step.std > 0 else None
         with torch.set_grad_enabled(with_gradient):
-            arguments = (model, x, step, condition, config.guidance, chosen, drawn)
+            arguments = (model, x, step, condition, config.guidance, chosen, drawn, predict)
             if with_gradient and checkpointing:
                 # Everything that the recomputation reads is an argument; nothing random happens inside.
                 mean, following = checkpoint(advance, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -171,17 +181,23 @@ def advance(
     guidance: float,
     adapter: Adapter,
     noise: Tensor | None,
+    predict: Predict | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of the chain: the policy's mean, and the next latent (the mean itself where `noise` is None)."""
-    prediction = model.predict(x_BCHW, step.t, condition, guidance=guidance, adapter=adapter)
+    if predict is None:
+        prediction = model.predict(x_BCHW, step.t, condition, guidance=guidance, adapter=adapter)
+    else:
+        prediction = predict(step, x_BCHW)
     policy = transition(prediction, step)
     return policy.mean, policy.mean if noise is None else policy.mean + policy.std * noise
 
 
-def generate(model: DiffusionModel, requests: Sequence[Request], generation: Generation) -> Tensor:
+def generate(
+    model: DiffusionModel, requests: Sequence[Request], generation: Generation, predict: Predict | None = None
+) -> Tensor:
     """Latents (N, C, H, W) of an evaluation: the chain without gradient, with the variant's adapter strength.
 
-    Noise of stochastic samplers is keyed by the requests' ids alone, so it is the same for every method and seed.
+    Noise of stochastic samplers is `evaluation_noise`; `predict` is that of `sample`.
     """
     config = generation.sampler
     first = 0 if generation.lora_steps is None else config.steps - generation.lora_steps
@@ -196,5 +212,6 @@ def generate(model: DiffusionModel, requests: Sequence[Request], generation: Gen
             model.condition([r.prompt.text for r in requests]),
             config,
             adapter=adapter,
-            noise=step_noise(model, requests, Randomness(0, "evaluation"), "step"),
+            noise=evaluation_noise(model, requests),
+            predict=predict,
         )

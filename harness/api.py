@@ -181,18 +181,27 @@ class DiffusionModel(ABC):
         """A sha256 of the base weights and of what else determines the pictures."""
 
     def predict(
-        self, x_BCHW: Tensor, t: int, condition: Conditioning, *, guidance: float, adapter: Adapter
+        self,
+        x_BCHW: Tensor,
+        t: int,
+        condition: Conditioning,
+        *,
+        guidance: float,
+        adapter: Adapter,
+        input_gradient: bool = True,
     ) -> Prediction:
         """The guided prediction at timestep t: output = unconditional + guidance*(conditional - unconditional).
 
         The adapter acts in both branches. With guidance 1 only the conditional row is computed, with any other
-        scale two rows per latent in one batch.
+        scale two rows per latent in one batch. Without `input_gradient` the denoiser sees x detached: a gradient
+        reaches x through the conversions between parametrisations alone.
         """
+        seen = x_BCHW if input_gradient else x_BCHW.detach()
         if guidance == 1.0:
-            conditional = unconditional = output = self.denoise(x_BCHW, t, condition, adapter)
+            conditional = unconditional = output = self.denoise(seen, t, condition, adapter)
         else:
             both = Conditioning.cat([self.condition([""] * len(x_BCHW)), condition])
-            unconditional, conditional = self.denoise(torch.cat([x_BCHW, x_BCHW]), t, both, adapter).chunk(2)
+            unconditional, conditional = self.denoise(torch.cat([seen, seen]), t, both, adapter).chunk(2)
             output = unconditional + guidance * (conditional - unconditional)
         noise, x0 = self._noise_and_x0(x_BCHW, t, output)
         return Prediction(noise, x0, conditional, unconditional)

@@ -92,6 +92,7 @@ def log_probability(x_next_BCHW: Tensor, policy: Transition) -> Tensor:
 StepNoise = Callable[[Step], Tensor]
 Predict = Callable[[Step, Tensor], Prediction]
 Observer = Callable[[Step, Tensor, Transition, Tensor], None]
+NoiseObserver = Callable[[Step, Tensor, Tensor], None]
 
 
 def step_noise(model: DiffusionModel, requests: Sequence[Request], randomness: Randomness, purpose: str) -> StepNoise:
@@ -128,6 +129,8 @@ def sample(
     stop: int | None = None,
     predict: Predict | None = None,
     observe: Observer | None = None,
+    observe_noise: NoiseObserver | None = None,
+    input_gradient: bool = True,
 ) -> Tensor:
     """Run the chain from x_T.
 
@@ -145,6 +148,8 @@ def sample(
         stop: Run only the steps before this index; None runs all.
         predict: Says what x_t is, from (step, x_t), instead of the model with condition, guidance and adapter.
         observe: Called after each step with (step, x before, the policy that was sampled, x after).
+        observe_noise: Called after each step with (step, x before, the guided noise prediction there).
+        input_gradient: As in `DiffusionModel.predict`.
 
     Returns:
         The latents after the last step that ran.
@@ -161,14 +166,18 @@ def sample(
         with_gradient = step.index >= len(steps) - gradient_steps and torch.is_grad_enabled()
         drawn = noise(step) if noise is not None and step.std > 0 else None
         with torch.set_grad_enabled(with_gradient):
-            arguments = (model, x, step, condition, config.guidance, chosen, drawn, predict)
+            arguments = (model, x, step, condition, config.guidance, chosen, drawn, input_gradient, predict)
             if with_gradient and checkpointing:
                 # Everything that the recomputation reads is an argument; nothing random happens inside.
-                mean, following = checkpoint(advance, *arguments, use_reentrant=False, preserve_rng_state=False)
+                mean, following, predicted = checkpoint(
+                    advance, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                mean, following = advance(*arguments)
+                mean, following, predicted = advance(*arguments)
         if observe is not None:
             observe(step, x, Transition(mean, step.std), following)
+        if observe_noise is not None:
+            observe_noise(step, x, predicted)
         x = following
     return x
 
@@ -181,15 +190,19 @@ def advance(
     guidance: float,
     adapter: Adapter,
     noise: Tensor | None,
+    input_gradient: bool = True,
     predict: Predict | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One step of the chain: the policy's mean, and the next latent (the mean itself where `noise` is None)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step: the policy's mean, the next latent (the mean itself where `noise` is None), the predicted noise."""
     if predict is None:
-        prediction = model.predict(x_BCHW, step.t, condition, guidance=guidance, adapter=adapter)
+        prediction = model.predict(
+            x_BCHW, step.t, condition, guidance=guidance, adapter=adapter, input_gradient=input_gradient
+        )
     else:
         prediction = predict(step, x_BCHW)
     policy = transition(prediction, step)
-    return policy.mean, policy.mean if noise is None else policy.mean + policy.std * noise
+    following = policy.mean if noise is None else policy.mean + policy.std * noise
+    return policy.mean, following, prediction.noise
 
 
 def generate(

@@ -131,6 +131,18 @@ class RolloutTuner(TrainedFineTuner, Generic[RolloutConfigT]):
             for row, request in enumerate(requests)
         ]
 
+    def policy(
+        self,
+        state: Tensor,
+        step: Step,
+        requests: Sequence[Request],
+        adapter: Adapter = Adapter(),  # noqa: B008 - frozen
+    ) -> Transition:
+        """What an adapter (the one that is trained) does in states (B, C, H, W), guidance included."""
+        condition = self.model.condition([r.prompt.text for r in requests])
+        prediction = self.model.predict(state, step.t, condition, guidance=self.sampler.guidance, adapter=adapter)
+        return transition(prediction, step)
+
     def log_policy(
         self,
         state: Tensor,
@@ -140,9 +152,7 @@ class RolloutTuner(TrainedFineTuner, Generic[RolloutConfigT]):
         adapter: Adapter = Adapter(),  # noqa: B008 - frozen
     ) -> Tensor:
         """Log-probability (B,) of actions under an adapter (the one that is trained), guidance included."""
-        condition = self.model.condition([r.prompt.text for r in requests])
-        prediction = self.model.predict(state, step.t, condition, guidance=self.sampler.guidance, adapter=adapter)
-        return log_probability(action, transition(prediction, step))
+        return log_probability(action, self.policy(state, step, requests, adapter))
 
     def cost(self, reference_steps: int = 0) -> CostRange:
         """T forward steps to sample, `reference_steps` more without gradient, A with gradient for the A actions."""

@@ -11,20 +11,19 @@ range is on that scale.
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from methods._policy_gradient import PolicyGradientConfig, PolicyGradientTuner
+from methods._policy_gradient import PerPromptConfig, PerPromptTuner, clipped_surrogate
 
 
-class DDPOConfig(PolicyGradientConfig):
+class DDPOConfig(PerPromptConfig):
     """DDPO-IS's settings."""
 
     clip_range: float = Field(1e-4, gt=0, description="e in clip(rho, 1-e, 1+e). DDPO's code: 1e-4.")
 
 
-class DDPO(PolicyGradientTuner[DDPOConfig]):
+class DDPO(PerPromptTuner[DDPOConfig]):
     """DDPO (importance sampling): clipped policy gradient with per-prompt advantages."""
 
     version = "1"
@@ -34,6 +33,4 @@ class DDPO(PolicyGradientTuner[DDPOConfig]):
 
     def surrogate(self, log_probability: Tensor, old_log_probability: Tensor, advantage: Tensor) -> Tensor:
         """The smaller of the plain and the clipped importance-weighted advantage."""
-        ratio = torch.exp(log_probability - old_log_probability)
-        clipped = ratio.clamp(1 - self.config.clip_range, 1 + self.config.clip_range)
-        return torch.minimum(ratio * advantage, clipped * advantage)
+        return clipped_surrogate(log_probability, old_log_probability, advantage, self.config.clip_range)

@@ -13,16 +13,16 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from methods._policy_gradient import PolicyGradientConfig, PolicyGradientTuner
+from methods._policy_gradient import PerPromptConfig, PerPromptTuner
 
 
-class DDPOSFConfig(PolicyGradientConfig):
+class DDPOSFConfig(PerPromptConfig):
     """DDPO-SF's settings."""
 
     updates_per_rollout: int = Field(1, ge=1, le=1, description="The estimator is on-policy: one step per rollout.")
 
 
-class DDPOSF(PolicyGradientTuner[DDPOSFConfig]):
+class DDPOSF(PerPromptTuner[DDPOSFConfig]):
     """DDPO-SF: score-function policy gradient with per-prompt advantages."""
 
     version = "1"

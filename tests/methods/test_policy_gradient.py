@@ -41,7 +41,7 @@ def test_ratio_is_one_until_the_first_optimiser_step(tiny_model: StableDiffusion
     tuner = lab(tiny_model, guidance=guidance).tuner("ddpo", rollout_size=4, **MOVING)
     rollouts = tuner.collect(requests(tiny_model, 4))
     assert largest_ratio_deviation(tuner, rollouts) < 1e-9
-    tuner.update(rollouts[:2], torch.tensor([1.0, -1.0]))
+    tuner.update(rollouts[:2], torch.tensor([[1.0], [-1.0]]))
     assert largest_ratio_deviation(tuner, rollouts) > 1e-6
 
 

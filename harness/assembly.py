@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from harness.api import Cost, Prompt, Randomness, Reward, TrainedFineTuner, UserError
+from harness.api import Cost, FineTuner, Prompt, Randomness, Reward, UserError
 from harness.context import CellContext
 from harness.grid import Arm, Grid
 from harness.metering import Meter, MeteredModel, TrainingReward
@@ -14,8 +14,8 @@ from harness.metering import Meter, MeteredModel, TrainingReward
 
 def assemble(
     grid: Grid, arm: Arm, expression: str, rewards: Mapping[str, Reward], meter: Meter, seed: int
-) -> TrainedFineTuner:
-    """The method of an arm, ready to iterate. Every seed's adapter starts from the same values for all methods."""
+) -> FineTuner:
+    """The method of an arm, ready to use. Every seed's adapter starts from the same values for all methods."""
     config, model = grid.config, grid.model
     model.add_adapter(config.adapter, Randomness(seed, "initial adapter"))
     context = CellContext(
@@ -28,9 +28,7 @@ def assemble(
     )
     terms = [(weight, rewards[name]) for weight, name in grid.training_rewards[expression]]
     reward = TrainingReward(terms, meter, expression)
-    tuner = arm.finetuner(MeteredModel(model, meter), reward, arm.config, context)
-    assert isinstance(tuner, TrainedFineTuner)
-    return tuner
+    return arm.finetuner(MeteredModel(model, meter), reward, arm.config, context)
 
 
 def iteration_cost(cost: Cost, components: int, unit: str) -> float:
@@ -51,7 +49,7 @@ def check_arms(grid: Grid) -> None:
         for expression, terms in grid.training_rewards.items():
             tuner = assemble(grid, arm, expression, declared, Meter(), seed=0)
             needed = iteration_cost(tuner.planned_cost().maximal, len(terms), budget.unit)
-            if needed > budget.amount:
+            if needed > budget.amount and not arm.inference:
                 raise UserError(
                     f"a budget of {budget.amount:g} {budget.unit} does not pay for one iteration of {arm.label} on "
                     f"{expression}, which takes up to {needed:g}; raise it, or make the method's batch smaller"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import save
 
 from harness import store
-from harness.api import BASE, CostRange, Diverged, Generation, Prompt, Randomness, Request
+from harness.api import CostRange, Diverged, Generation, Prompt, Randomness, Request, TrainedFineTuner
 from harness.assembly import assemble, iteration_cost
-from harness.evaluation import Evaluator
-from harness.grid import BASE_CELL, Cell, Grid
-from harness.metering import Meter
+from harness.grid import BASE_CELL, Cell
+from harness.metering import Meter, Tally
 from harness.records import (
     peak_memory_mib,
     score_missing_rewards,
@@ -27,12 +26,11 @@ from harness.records import (
     write_metrics,
     write_status,
 )
-from harness.registry import load_embedding
-from harness.sampling import initial_latents, sample
+from harness.untrained import run_base, run_inference
+from harness.workshop import Progress, Workshop
 
 CHECKPOINT_SECONDS = 15.0
 OWN_SAMPLER, OWN_SAMPLER_BASE = "own-sampler", "own-sampler-base"
-Progress = Callable[[str, float, str], None]  # phase, fraction of the cell, detail
 
 
 @dataclass
@@ -42,32 +40,6 @@ class Spent:
     iterations: int = 0
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
-
-
-class Workshop:
-    """What a worker keeps between cells: the model, and reward instances.
-
-    Training and evaluation never share a reward instance, so that nothing a method does can reach a score.
-    """
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-        self.model = grid.model
-        self.keep_images = grid.config.keep_images == "final"
-        self._training = {name: reward for name, reward in grid.rewards.items() if name in _trained_on(grid)}
-        self.training_rewards = {name: reward(self.model.device) for name, reward in self._training.items()}
-        self.evaluator = Evaluator(
-            self.model,
-            {name: reward(self.model.device) for name, reward in grid.rewards.items()},
-            load_embedding(grid.source.family)(self.model.device),
-            grid.evaluated,
-            grid.config.evaluation,
-            Generation(grid.config.sampler),
-        )
-
-
-def _trained_on(grid: Grid) -> set[str]:
-    return {name for terms in grid.training_rewards.values() for _, name in terms}
 
 
 def request_stream(prompts: Sequence[Prompt], shape: Sequence[int], seed: int, start: int = 0) -> Iterator[Request]:
@@ -96,31 +68,10 @@ def run_cell(workshop: Workshop, cell: Cell, run_dir: Path, progress: Progress) 
     for name in ("status.json", "error.txt"):  # of an attempt that crashed
         (directory / name).unlink(missing_ok=True)
     if cell.cell == BASE_CELL:
-        return _run_base(workshop, cell, directory, progress)
+        return run_base(workshop, cell, directory, progress)
+    if workshop.grid.arms[cell.arm].inference:
+        return run_inference(workshop, cell, directory, progress)
     return CellRun(workshop, cell, directory, progress).run()
-
-
-def _run_base(workshop: Workshop, cell: Cell, directory: Path, progress: Progress) -> str:
-    started, clock = store.utc_now(), time.perf_counter()
-    evaluator, model = workshop.evaluator, workshop.model
-
-    def generate(requests: Sequence[Request], generation: Generation) -> torch.Tensor:
-        texts = [r.prompt.text for r in requests]
-        noise = initial_latents(model, requests)
-        return sample(model, noise, model.condition(texts), generation.sampler, adapter=BASE)
-
-    def report(fraction: float) -> None:
-        progress("evaluate", 0.8 * fraction, "base model")
-
-    evaluated = evaluator.final_requests()
-    pictures, latents = evaluator.pictures(generate, [e.request for e in evaluated], report)
-    identity = {"cell": BASE_CELL, "arm": BASE_CELL, "method": BASE_CELL, "training_reward": "", "seed": -1}
-    store.write_json(directory / "identity.json", workshop.grid.identity(cell))
-    write_final(evaluator, directory, identity, {}, evaluated, pictures, latents, keep_images=workshop.keep_images)
-    write_metrics(directory, identity, evaluator.diversity(generate))
-    seconds = {"train": 0.0, "evaluate": time.perf_counter() - clock}
-    write_status(directory, cell, "completed", "", started, seconds, 0, {}, evaluator)
-    return "completed"
 
 
 class CellRun:
@@ -132,8 +83,11 @@ class CellRun:
         self.arm, self.config = grid.arms[cell.arm], grid.config
         self.meter, self.spent, self.started = Meter(), Spent(), store.utc_now()
         self.state, self.reason = "", ""  # how training ended, once it has
+        self.generation: Mapping[str, float] = {}
         self.components = len(grid.training_rewards[cell.reward])
-        self.tuner = assemble(grid, self.arm, cell.reward, workshop.training_rewards, self.meter, cell.seed)
+        tuner = assemble(grid, self.arm, cell.reward, workshop.training_rewards, self.meter, cell.seed)
+        assert isinstance(tuner, TrainedFineTuner)
+        self.tuner, self.tally = tuner, Tally(self.meter)
         self.points = sorted(p for p in self.config.budget.curve_points if p < self.config.budget.amount)
 
     def run(self) -> str:
@@ -144,7 +98,6 @@ class CellRun:
             self.state, self.reason = self._train()
             self._save_checkpoint()
         self._evaluate_end()
-        cost = asdict(self.meter.cost) | {"denoiser_rows": self.meter.cost.denoiser_rows}
         seconds = {"train": self.spent.train_seconds, "evaluate": self.spent.evaluate_seconds}
         write_status(
             self.directory,
@@ -154,8 +107,10 @@ class CellRun:
             self.started,
             seconds,
             self.spent.iterations,
-            cost,
+            self.meter.cost.counts(),
             self.workshop.evaluator,
+            "training",
+            self.generation,
         )
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
         shutil.rmtree(self.directory / "points", ignore_errors=True)
@@ -279,7 +234,7 @@ class CellRun:
     def _generate(self, requests: Sequence[Request], generation: Generation) -> torch.Tensor:
         """The method's own generation of pictures; what evaluation takes is no part of what training spends."""
         spent = self.meter.cost
-        latents = self.tuner.generate(requests, generation)
+        latents = self.tally.counted(self.tuner.generate)(requests, generation)
         self.meter.cost = spent
         return latents
 
@@ -305,7 +260,9 @@ class CellRun:
         def report(fraction: float) -> None:
             self._report("evaluate", "final pictures", 0.8 * fraction)
 
+        self.tally = Tally(self.meter)
         pictures, latents = evaluator.pictures(self._generate, [e.request for e in evaluated], report)
+        self.generation = self.tally.per_picture()
         own = self._own_sampler_rows()
         position = self._position()
         keep = self.workshop.keep_images

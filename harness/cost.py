@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Cost:
     def denoiser_rows(self) -> float:
         """All passes of rows through the denoiser: forward, recomputed and backward."""
         return self.forward_rows + self.gradient_rows + self.recomputed_rows + self.backward_rows
+
+    def counts(self) -> dict[str, float]:
+        """By name, as records hold them, the sum of rows included."""
+        return asdict(self) | {"denoiser_rows": self.denoiser_rows}
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

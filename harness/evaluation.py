@@ -20,10 +20,10 @@ from torch import Tensor
 from harness import store
 from harness.api import DiffusionModel, Embedding, Generation, Prompt, Randomness, Request, Reward
 from harness.config import EvaluationConfig
+from harness.metering import Generate
 from harness.metrics.diversity import pairwise_distance, vendi_score
 
 Pictures = NDArray[np.uint8]
-Generate = Callable[[Sequence[Request], Generation], Tensor]
 
 
 @dataclass(frozen=True)

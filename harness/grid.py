@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 import harness
-from harness.api import DiffusionModel, FineTuner, MethodConfig, Prompt, PromptSuite, Reward
+from harness.api import DiffusionModel, FineTuner, InferenceFineTuner, MethodConfig, Prompt, PromptSuite, Reward
 from harness.config import ArmConfig, RunConfig, SamplerConfig, explain
 from harness.errors import UserError, nearest
 from harness.prompts import SPLITS
@@ -45,6 +45,16 @@ class Arm:
     config: MethodConfig
     sampler: SamplerConfig
     overrides: Mapping[str, Any]
+
+    @property
+    def inference(self) -> bool:
+        """Whether it changes no weights, and spends queries and rows on each picture instead."""
+        return issubclass(self.finetuner, InferenceFineTuner)
+
+    @property
+    def seeded(self) -> bool:
+        """Whether seeds differ: always where something is trained, since the stream of requests is the seed's."""
+        return not self.inference or self.finetuner.stochastic
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,11 @@ def build_arm(arm: ArmConfig, config: RunConfig) -> Arm:
     finetuner = load_method(arm.method)
     overrides = dict(arm.overrides)
     sampler_overrides = overrides.pop("sampler", {})
+    if sampler_overrides and issubclass(finetuner, InferenceFineTuner):
+        raise UserError(
+            f"{arm.label}: {arm.method} trains nothing and generates with the run's sampler; "
+            "set that one for all arms, as in --set sampler.steps=20"
+        )
     values = _with_optimizer({**config.settings.get(arm.method, {}), **overrides}, finetuner)
     try:
         method_config = finetuner.Config.model_validate(values)
@@ -155,7 +170,7 @@ class Grid:
             for split in SPLITS
             if split in config.evaluation.prompts
         }
-        self.cells = [self._base_cell(), *self._trained_cells()]
+        self.cells = [self._base_cell(), *self._cells_of_arms()]
 
     def _check_rewards(self, trained_on: Sequence[str]) -> None:
         for name in trained_on:
@@ -170,7 +185,8 @@ class Grid:
                     )
 
     def training_identity(self, arm: Arm, expression: str, seed: int) -> dict[str, Any]:
-        """Everything that a trained adapter depends on."""
+        """Everything that a trained adapter depends on, or the pictures of a method that trains none."""
+        own = {"kind": "inference"} if arm.inference else self._trained_with()
         return {
             "engine": harness.__version__,
             "method": [arm.method, arm.finetuner.version, arm.config.model_dump(mode="json")],
@@ -179,12 +195,14 @@ class Grid:
             ],
             "seed": seed,
             "sampler": arm.sampler.model_dump(),
-            "adapter": self.config.adapter.model_dump(),
-            "budget": self.config.budget.model_dump(),
+            **own,
             "suite": self.suite.sha256,
             "model": self.fingerprint,
             "dtype": self.config.dtype,
         }
+
+    def _trained_with(self) -> dict[str, Any]:
+        return {"adapter": self.config.adapter.model_dump(), "budget": self.config.budget.model_dump()}
 
     def evaluation_identity(self) -> dict[str, Any]:
         """Everything that scores depend on beyond the adapter."""
@@ -221,8 +239,15 @@ class Grid:
     def _base_cell(self) -> Cell:
         return Cell(BASE_CELL, BASE_CELL, "", -1, digest(self.fingerprint), digest(self.evaluation_identity()))
 
-    def _trained_cells(self) -> list[Cell]:
+    def _cells_of_arms(self) -> list[Cell]:
         evaluation = digest(self.evaluation_identity())
+        places = [
+            (arm, expression, seed if arm.seeded else 0)
+            for seed in self.config.seeds  # seeds outermost: a run that is stopped early has every arm
+            for expression in self.training_rewards
+            for arm in self.arms.values()
+            if arm.seeded or seed == self.config.seeds[0]
+        ]
         return [
             Cell(
                 f"{slug(arm.label)}--{slug(expression)}--seed{seed}",
@@ -232,9 +257,7 @@ class Grid:
                 digest(self.training_identity(arm, expression, seed)),
                 evaluation,
             )
-            for seed in self.config.seeds  # seeds outermost: a run that is stopped early has every arm
-            for expression in self.training_rewards
-            for arm in self.arms.values()
+            for arm, expression, seed in places
         ]
 
     def training_prompts(self) -> tuple[Prompt, ...]:
@@ -260,6 +283,8 @@ class Grid:
                 {
                     "label": arm.label,
                     "method": arm.method,
+                    "kind": "inference" if arm.inference else "training",
+                    "seeded": arm.seeded,
                     "version": arm.finetuner.version,
                     "overrides": dict(arm.overrides),
                     "config": arm.config.model_dump(mode="json"),

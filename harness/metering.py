@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from harness.api import Adapter, AdapterConfig, Conditioning, Cost, DiffusionModel, Prompt, Randomness, Reward
+from harness.api import (
+    Adapter,
+    AdapterConfig,
+    Conditioning,
+    Cost,
+    DiffusionModel,
+    Generation,
+    Prompt,
+    Randomness,
+    Request,
+    Reward,
+)
+
+Generate = Callable[[Sequence[Request], Generation], Tensor]
 
 
 class Meter:
@@ -20,6 +33,28 @@ class Meter:
     def add(self, **counts: float) -> None:
         """Add to the counts named."""
         self.cost = self.cost + Cost(**counts)
+
+
+class Tally:
+    """What generated pictures cost, on average."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter, self._cost, self._pictures = meter, Cost(), 0
+
+    def counted(self, generate: Generate) -> Generate:
+        """The same generation, its pictures counted."""
+
+        def counting(requests: Sequence[Request], generation: Generation) -> Tensor:
+            before = self._meter.cost
+            latents = generate(requests, generation)
+            self._cost, self._pictures = self._cost + (self._meter.cost - before), self._pictures + len(requests)
+            return latents
+
+        return counting
+
+    def per_picture(self) -> dict[str, float]:
+        """Mean counts of a picture, by name; nothing where none was generated."""
+        return (self._cost * (1 / self._pictures)).counts() if self._pictures else {}
 
 
 def _inside_backward() -> bool:

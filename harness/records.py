@@ -85,17 +85,21 @@ def write_status(
     iterations: int,
     cost: Mapping[str, float],
     evaluator: Evaluator,
+    kind: str,
+    generation_cost: Mapping[str, float],
 ) -> None:
     """Write status.json, which says that the cell has ended; the last file of a cell."""
     store.write_json(
         directory / "status.json",
         {
+            "kind": kind,
             "state": state,
             "reason": reason,
             "iterations": iterations,
             "seconds": dict(seconds),
             "peak_memory_mib": peak_memory_mib(),
             "cost": dict(cost),
+            "generation_cost": dict(generation_cost),
             "training_hash": cell.training_hash,
             "evaluation_hash": cell.evaluation_hash,
             "evaluation_rewards": {name: r.version for name, r in evaluator.rewards.items()},

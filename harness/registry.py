@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"methods": "methods", "rewards": "rewards", "embeddings": "rewards", "suites": "prompts"}
 BASES = {"rewards": "Reward", "embeddings": "Embedding"}
+METHOD_KINDS = {"TrainedFineTuner": "training", "InferenceFineTuner": "inference"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Plugin:
         module: To import.
         symbol: Class or function in it.
         description: First line of its docstring.
-        attributes: Literal class attributes (version, role, unit ...).
+        attributes: Literal class attributes (version, role, unit ...); of a method also its `kind`, where the source
+            tells: training or inference.
     """
 
     name: str
@@ -52,18 +54,20 @@ class Plugin:
 def discover(kind: str) -> dict[str, Plugin]:
     """All plug-ins of `methods`, `rewards`, `embeddings` or `suites` by name, from the folder and from entry points."""
     found: dict[str, Plugin] = {}
-    for path in sorted((ROOT / FOLDERS[kind]).glob("*.py")):
+    bases: dict[str, list[str]] = {}
+    for path in sorted((ROOT / FOLDERS[kind]).glob("*.py")):  # underscore files, which others build on, come first
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        bases |= _bases(tree)
         if not path.name.startswith("_"):
-            for plugin in _read(path, f"{FOLDERS[kind]}.{path.stem}", kind):
+            for plugin in _read(tree, f"{FOLDERS[kind]}.{path.stem}", kind, bases):
                 found[plugin.name] = plugin
     for entry in entry_points(group=f"draft_bench.{kind}"):
         found[entry.name] = Plugin(entry.name, entry.module, entry.attr, f"from the package {entry.module}", {})
     return found
 
 
-def _read(path: Path, module: str, kind: str) -> list[Plugin]:
-    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    default = path.stem.replace("_", "-")
+def _read(tree: ast.Module, module: str, kind: str, bases: dict[str, list[str]]) -> list[Plugin]:
+    default = module.partition(".")[2].replace("_", "-")
     if kind == "suites":
         description = (ast.get_docstring(tree) or "").split("\n")[0]
         functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -73,6 +77,8 @@ def _read(path: Path, module: str, kind: str) -> list[Plugin]:
         if isinstance(node, ast.ClassDef) and _is_kind(node, kind):
             attributes = _literals(node)
             if "version" in attributes:
+                if kind == "methods":
+                    attributes["kind"] = _method_kind(node.name, bases)
                 description = (ast.get_docstring(node) or "").split("\n")[0]
                 plugins.append(Plugin(attributes.get("name", default), module, node.name, description, attributes))
     return plugins
@@ -80,6 +86,20 @@ def _read(path: Path, module: str, kind: str) -> list[Plugin]:
 
 def _is_kind(node: ast.ClassDef, kind: str) -> bool:
     return kind not in BASES or BASES[kind] in [base.id for base in node.bases if isinstance(base, ast.Name)]
+
+
+def _bases(tree: ast.Module) -> dict[str, list[str]]:
+    """Names of the classes that each class of a file subclasses, type arguments left out."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {node.name: [ast.unparse(base).partition("[")[0] for base in node.bases] for node in classes}
+
+
+def _method_kind(name: str, bases: dict[str, list[str]]) -> str:
+    """What a class is in the end, as far as the classes in `bases` tell."""
+    above = [name]
+    for one in above:
+        above += [base for base in bases.get(one, []) if base not in above]
+    return next((METHOD_KINDS[one] for one in above if one in METHOD_KINDS), "")
 
 
 def _literals(node: ast.ClassDef) -> dict[str, Any]:
@@ -125,13 +145,13 @@ def load_method(name: str) -> type[FineTuner]:
     """The class of a method.
 
     Raises:
-        UserError: Unknown name (the nearest is suggested), or not a concrete FineTuner.
+        UserError: Unknown name (the nearest is suggested), or not a concrete method.
     """
-    from harness.api import FineTuner
+    from harness.api import InferenceFineTuner, TrainedFineTuner
 
     found = _load("methods", name)
-    if not (inspect.isclass(found) and issubclass(found, FineTuner)):
-        raise UserError(f"{name} is no FineTuner; subclass harness.api.TrainedFineTuner")
+    if not (inspect.isclass(found) and issubclass(found, (TrainedFineTuner, InferenceFineTuner))):
+        raise UserError(f"{name} is no method; subclass harness.api.TrainedFineTuner or InferenceFineTuner")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(found.__abstractmethods__))
         raise UserError(f"{name} is not complete: it must define {missing}")

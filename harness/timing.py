@@ -43,13 +43,15 @@ def time_arms(config: RunConfig, run_dir: Path, labels: Sequence[str]) -> None:
 
 
 def measure(config: RunConfig, label: str) -> dict[str, float]:
-    """One warm-up iteration and `ITERATIONS` timed ones of an arm on the first training reward.
+    """One warm-up and `ITERATIONS` timed iterations of an arm on the first training reward, and the same of a batch.
 
     Returns:
-        `seconds_per_iteration`, `seconds_per_query` (the rest of an iteration shared out) and `peak_memory_mib`.
+        `seconds_per_picture` of generation and `peak_memory_mib`; where something is trained also
+        `seconds_per_iteration` and `seconds_per_query` (the rest of an iteration shared out).
     """
     import torch
 
+    from harness.api import Generation, TrainedFineTuner
     from harness.assembly import assemble
     from harness.cell import request_stream
     from harness.grid import Grid
@@ -63,18 +65,24 @@ def measure(config: RunConfig, label: str) -> dict[str, float]:
     rewards = {name: grid.rewards[name](model.device) for _, name in terms}
     tuner = assemble(grid, arm, expression, rewards, meter, seed=0)
     stream = request_stream(grid.training_prompts(), model.latent_shape, 0)
-    size = tuner.requests_per_iteration
-    tuner.iterate([next(stream) for _ in range(size)])
-    before, clock = meter.cost, time.perf_counter()
-    for _ in range(ITERATIONS):
+    measured = {}
+    if isinstance(tuner, TrainedFineTuner):
+        size = tuner.requests_per_iteration
         tuner.iterate([next(stream) for _ in range(size)])
-    seconds = (time.perf_counter() - clock) / ITERATIONS
-    queries = (meter.cost - before).queries / ITERATIONS
-    return {
-        "seconds_per_iteration": seconds,
-        "seconds_per_query": seconds / queries,
-        "peak_memory_mib": peak_memory_mib(),
-    }
+        before, clock = meter.cost, time.perf_counter()
+        for _ in range(ITERATIONS):
+            tuner.iterate([next(stream) for _ in range(size)])
+        seconds = (time.perf_counter() - clock) / ITERATIONS
+        queries = (meter.cost - before).queries / ITERATIONS
+        measured = {"seconds_per_iteration": seconds, "seconds_per_query": seconds / queries}
+        measured["peak_memory_mib"] = peak_memory_mib()
+    batch = [next(stream) for _ in range(config.evaluation.batch)]
+    with torch.no_grad():
+        tuner.generate(batch, Generation(config.sampler))
+        clock = time.perf_counter()
+        tuner.generate(batch, Generation(config.sampler)).cpu()
+    measured["seconds_per_picture"] = (time.perf_counter() - clock) / len(batch)
+    return {"peak_memory_mib": peak_memory_mib()} | measured
 
 
 if __name__ == "__main__":

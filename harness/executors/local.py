@@ -165,8 +165,9 @@ def serve(connection: Connection, config: RunConfig, run_dir: Path) -> None:
         try:
             import torch
 
-            from harness.cell import Workshop, run_cell
+            from harness.cell import run_cell
             from harness.grid import Grid
+            from harness.workshop import Workshop
 
             if workshop is None:
                 torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())

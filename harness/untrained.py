@@ -1,0 +1,100 @@
+"""Cells that train nothing: the base model, and methods that spend queries and rows on each picture they generate.
+
+Such a cell has no checkpoint: an interrupted one starts again, and ends with the same records.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from harness import store
+from harness.api import Cost, Diverged, Generation, Request
+from harness.assembly import assemble
+from harness.grid import BASE_CELL, Cell
+from harness.metering import Generate, Meter, MeteredModel, Tally
+from harness.records import write_final, write_metrics, write_status
+from harness.sampling import generate
+from harness.workshop import Progress, Workshop
+
+
+def run_base(workshop: Workshop, cell: Cell, directory: Path, progress: Progress) -> str:
+    """The base model's pictures."""
+    meter = Meter()
+    identity = {"cell": BASE_CELL, "arm": BASE_CELL, "method": BASE_CELL, "training_reward": "", "seed": -1}
+    run = _Untrained(workshop, cell, directory, progress, "base", identity, Tally(meter), {})
+    return run.finish(_base_generate(workshop, meter))
+
+
+def run_inference(workshop: Workshop, cell: Cell, directory: Path, progress: Progress) -> str:
+    """The pictures of a method that changes no weights.
+
+    Where it meets a reward that is not a number the cell has diverged, and has the base model's pictures: the gain of a
+    method that gave none is zero.
+    """
+    grid, meter = workshop.grid, Meter()
+    arm = grid.arms[cell.arm]
+    tuner = assemble(grid, arm, cell.reward, workshop.training_rewards, meter, cell.seed)
+    identity = {
+        "cell": cell.cell,
+        "arm": cell.arm,
+        "method": arm.method,
+        "training_reward": cell.reward,
+        "seed": cell.seed,
+    }
+    run = _Untrained(workshop, cell, directory, progress, "inference", identity, Tally(meter), Cost().counts())
+    try:
+        return run.finish(tuner.generate)
+    except Diverged as error:
+        run.tally = Tally(Meter())
+        return run.finish(_base_generate(workshop, Meter()), "diverged", str(error))
+
+
+def _base_generate(workshop: Workshop, meter: Meter) -> Generate:
+    model = MeteredModel(workshop.model, meter)
+
+    def pictures(requests: Sequence[Request], generation: Generation) -> Tensor:
+        return generate(model, requests, replace(generation, lora_scale=0.0))
+
+    return pictures
+
+
+@dataclass
+class _Untrained:
+    """One attempt at a cell that is evaluated as it is."""
+
+    workshop: Workshop
+    cell: Cell
+    directory: Path
+    progress: Progress
+    kind: str
+    identity: dict[str, Any]
+    tally: Tally
+    cost: dict[str, float]
+
+    def finish(self, pictures_of: Generate, state: str = "completed", reason: str = "") -> str:
+        """Generate, score and write all records; returns the state."""
+        started, clock = store.utc_now(), time.perf_counter()
+        evaluator, directory = self.workshop.evaluator, self.directory
+        store.write_json(directory / "identity.json", self.workshop.grid.identity(self.cell))
+        evaluated = evaluator.final_requests()
+        generate_counted = self.tally.counted(pictures_of)
+
+        def report(fraction: float) -> None:
+            self.progress("evaluate", 0.8 * fraction, "base model" if self.kind == "base" else "pictures")
+
+        pictures, latents = evaluator.pictures(generate_counted, [e.request for e in evaluated], report)
+        generation = self.tally.per_picture()
+        keep = self.workshop.keep_images
+        write_final(evaluator, directory, self.identity, {}, evaluated, pictures, latents, keep_images=keep)
+        write_metrics(directory, self.identity, evaluator.diversity(pictures_of))
+        seconds = {"train": 0.0, "evaluate": time.perf_counter() - clock}
+        write_status(
+            directory, self.cell, state, reason, started, seconds, 0, self.cost, evaluator, self.kind, generation
+        )
+        return state

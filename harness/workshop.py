@@ -1,0 +1,38 @@
+"""What a worker keeps between cells, and how it says how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from harness.api import Generation
+from harness.evaluation import Evaluator
+from harness.grid import Grid
+from harness.registry import load_embedding
+
+Progress = Callable[[str, float, str], None]  # phase, fraction of the cell, detail
+
+
+class Workshop:
+    """What a worker keeps between cells: the model, and reward instances.
+
+    Training and evaluation never share a reward instance, so that nothing a method does can reach a score.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.model = grid.model
+        self.keep_images = grid.config.keep_images == "final"
+        self._training = {name: reward for name, reward in grid.rewards.items() if name in _trained_on(grid)}
+        self.training_rewards = {name: reward(self.model.device) for name, reward in self._training.items()}
+        self.evaluator = Evaluator(
+            self.model,
+            {name: reward(self.model.device) for name, reward in grid.rewards.items()},
+            load_embedding(grid.source.family)(self.model.device),
+            grid.evaluated,
+            grid.config.evaluation,
+            Generation(grid.config.sampler),
+        )
+
+
+def _trained_on(grid: Grid) -> set[str]:
+    return {name for terms in grid.training_rewards.values() for _, name in terms}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from harness.api import (
+    Adapter,
     Conditioning,
     Context,
     Cost,
@@ -24,12 +25,14 @@ from harness.api import (
     DiffusionModel,
     Diverged,
     MethodConfig,
+    Prediction,
     Randomness,
     Request,
     Reward,
     TrainedFineTuner,
+    UserError,
 )
-from harness.sampling import initial_latents, sample, schedule
+from harness.sampling import initial_latents, sample, schedule, step_noise
 
 
 class RewardGradientConfig(MethodConfig):
@@ -63,7 +66,8 @@ class RewardGradientTuner(TrainedFineTuner, Generic[ConfigT]):
 
     def __init__(self, model: DiffusionModel, reward: Reward, config: ConfigT, context: Context) -> None:
         self.model, self.reward, self.config, self.context = model, reward, config, context
-        self.steps = schedule(model, context.sampler)
+        self.sampler = context.sampler
+        self.steps = schedule(model, self.sampler)
         self.optimizer = context.optimizer(list(model.adapter_parameters().values()), config.optimizer)
 
     @abstractmethod
@@ -93,17 +97,30 @@ class RewardGradientTuner(TrainedFineTuner, Generic[ConfigT]):
         norm = self.optimizer.step()
         return {"reward": reward, "loss": torch.cat(losses).mean().item(), "gradient_norm": norm}
 
-    def chain(self, batch: Batch, gradient_steps: int, stop: int | None = None) -> Tensor:
-        """Latents after the chain, with the gradient through its last `gradient_steps` steps."""
+    def chain(self, batch: Batch, gradient_steps: int, kept: int | None = None, **options: Any) -> Tensor:
+        """Latents after the chain, with the gradient through its last `gradient_steps` steps.
+
+        Args:
+            batch: What to sample.
+            gradient_steps: The window of the gradient.
+            kept: How many steps' activations the backward pass needs; None: those of the window.
+            options: Of `harness.sampling.sample`.
+        """
         return sample(
             self.model,
             batch.noise,
             batch.condition,
-            self.context.sampler,
+            self.sampler,
             gradient_steps=gradient_steps,
-            checkpointing=self.checkpointed(gradient_steps),
-            stop=stop,
+            checkpointing=self.checkpointed(gradient_steps if kept is None else kept),
+            noise=step_noise(self.model, batch.requests, self.context.randomness, "step"),
+            **options,
         )
+
+    def predict(self, x: Tensor, t: int, batch: Batch, **options: Any) -> Prediction:
+        """The guided prediction with the adapter on, unless `options` of `DiffusionModel.predict` say otherwise."""
+        settings = {"guidance": self.sampler.guidance, "adapter": Adapter(), **options}
+        return self.model.predict(x, t, batch.condition, **settings)
 
     def score(self, latents: Tensor, batch: Batch) -> Tensor:
         """Reward of the decoded latents, (B,). The gradient flows through the decoder; nothing is clamped."""
@@ -112,7 +129,14 @@ class RewardGradientTuner(TrainedFineTuner, Generic[ConfigT]):
     @property
     def rows_per_picture(self) -> int:
         """Denoiser rows of one prediction: two with classifier-free guidance."""
-        return 1 if self.context.sampler.guidance == 1.0 else 2
+        return 1 if self.sampler.guidance == 1.0 else 2
+
+    def require_steps(self, setting: str, count: int) -> None:
+        """Refuse a setting that asks for more steps than the chain has."""
+        if count > len(self.steps):
+            raise UserError(
+                f"{setting}={count} exceeds the sampler's {len(self.steps)} steps; lower it or raise sampler.steps"
+            )
 
     def checkpointed(self, gradient_steps: int) -> bool:
         """Whether chains are checkpointed: one decision by the largest batch, so that the cost is known beforehand."""
@@ -139,6 +163,12 @@ class RewardGradientTuner(TrainedFineTuner, Generic[ConfigT]):
         """Cost of an iteration that scores the end of a chain with its last `gradient_steps` steps differentiated."""
         cost = self.chain_cost(gradient_steps, len(self.steps) - gradient_steps) + self.scoring_cost()
         return CostRange(cost, cost)
+
+    @staticmethod
+    def range_of(costs: Sequence[Cost], weights: Sequence[float]) -> CostRange:
+        """Cost of an iteration that is costs[i] with a probability proportional to weights[i]."""
+        expected = sum((c * w for c, w in zip(costs, weights, strict=True)), Cost()) * (1 / sum(weights))
+        return CostRange(expected, Cost(*map(max, zip(*map(astuple, costs), strict=True))))
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's moments."""

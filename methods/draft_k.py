@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from harness.api import Context, CostRange, DiffusionModel, Randomness, Reward, UserError
+from harness.api import Context, CostRange, DiffusionModel, Randomness, Reward
 from methods._reward_gradient import Batch, Objective, RewardGradientConfig, RewardGradientTuner
 
 
@@ -30,8 +30,7 @@ class DraftK(RewardGradientTuner[DraftKConfig]):
 
     def __init__(self, model: DiffusionModel, reward: Reward, config: DraftKConfig, context: Context) -> None:
         super().__init__(model, reward, config, context)
-        if config.k > len(self.steps):
-            raise UserError(f"draft-k.k={config.k} exceeds the sampler's {len(self.steps)} steps; lower k")
+        self.require_steps("draft-k.k", config.k)
 
     def objective(self, batch: Batch, draws: Randomness) -> Objective:
         """-r(x_0), x_0 differentiable in the last K steps."""

@@ -6,7 +6,8 @@
 Cost of an update of B pictures: T steps forward, 1 + n backward, (1 + n) * B queries.
 What the literature leaves open is an option: `keep_base` (the paper's algorithm as later restated keeps the first
 term; the first author's own later code drops it), `reduction` (sum there, mean elsewhere; under AdamW only clipping
-and weight decay see the difference), `level` (the timestep of x_1: the last of the sampler, or a given one).
+and weight decay see the difference), `level` (the timestep of x_1: the last of the sampler, a given one, or a random
+one), `reencode` (re-noise x_0, or what the encoder makes of its picture).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from harness.api import Adapter, Context, Cost, CostRange, DiffusionModel, Randomness, Reward, UserError
+from harness.api import Context, Cost, CostRange, DiffusionModel, Randomness, Reward, UserError
 from methods._reward_gradient import Batch, Objective, RewardGradientConfig, RewardGradientTuner
 
 
@@ -27,7 +28,12 @@ class DraftLVConfig(RewardGradientConfig):
     n: int = Field(2, ge=1, description="Inner loops. The paper's table: 2.")
     keep_base: bool = Field(True, description="Keep DRaFT-1's own term; otherwise only the n re-noised ones count.")
     reduction: Literal["sum", "mean"] = Field("sum", description="How the terms are combined. Restated paper: sum.")
-    level: int | None = Field(None, ge=0, description="Timestep of x_1; None: the sampler's last one (sigma_1).")
+    level: int | tuple[int, int] | None = Field(
+        None,
+        description="Timestep of x_1, or the first and last of those it is drawn from in each loop (the first author's "
+        "later code: 30 to 300); None: the sampler's last one (sigma_1).",
+    )
+    reencode: bool = Field(False, description="Re-noise encode(decode(x_0)), as the first author's later code does.")
 
 
 class DraftLV(RewardGradientTuner[DraftLVConfig]):
@@ -40,21 +46,25 @@ class DraftLV(RewardGradientTuner[DraftLVConfig]):
 
     def __init__(self, model: DiffusionModel, reward: Reward, config: DraftLVConfig, context: Context) -> None:
         super().__init__(model, reward, config, context)
-        self.level = self.steps[-1].t if config.level is None else config.level
-        if self.level >= model.training_timesteps:
-            raise UserError(f"draft-lv.level={self.level} is no timestep; give one below {model.training_timesteps}")
+        level = self.steps[-1].t if config.level is None else config.level
+        self.low, self.high = level if isinstance(level, tuple) else (level, level)
+        if not 0 <= self.low <= self.high < model.training_timesteps:
+            limit = f"0 <= first <= last < {model.training_timesteps}"
+            raise UserError(f"draft-lv.level={config.level} is no timestep or range of them; keep to {limit}")
         self.terms = config.n + (1 if config.keep_base else 0)
 
     def objective(self, batch: Batch, draws: Randomness) -> Objective:
         """The sum (or mean) of -r over the base term and the n re-denoised copies."""
         x_0 = self.chain(batch, gradient_steps=1 if self.config.keep_base else 0)
         rewards = [self.score(x_0, batch)] if self.config.keep_base else []
+        clean = x_0.detach()
+        if self.config.reencode:
+            with torch.no_grad():
+                clean = self.model.encode(self.model.decode(clean)).to(clean)
         for i in range(self.config.n):
-            noisy = self.model.noised(x_0.detach(), self.level, self.fresh_noise(batch, i))
-            prediction = self.model.predict(
-                noisy, self.level, batch.condition, guidance=self.context.sampler.guidance, adapter=Adapter()
-            )
-            rewards.append(self.score(prediction.x0, batch))
+            level = self.low + draws.integer("level", i, below=self.high - self.low + 1)
+            noisy = self.model.noised(clean, level, self.fresh_noise(batch, i))
+            rewards.append(self.score(self.predict(noisy, level, batch).x0, batch))
         total = torch.stack(rewards).sum(0)
         loss = -total if self.config.reduction == "sum" else -total / self.terms
         return Objective(loss=loss, reward=rewards[0])
@@ -74,4 +84,6 @@ class DraftLV(RewardGradientTuner[DraftLVConfig]):
         rows = self.config.batch_size * self.rows_per_picture * self.config.n
         cost = self.chain_cost(base_steps, inner) + Cost(gradient_rows=rows, backward_rows=rows)
         cost = cost + self.scoring_cost(self.terms)
+        if self.config.reencode:
+            cost = cost + Cost(decodes=self.config.batch_size)
         return CostRange(cost, cost)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.errors import CellsFailed, UserError
+from harness.errors import CellsFailed, ContractsBroken, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -147,8 +147,48 @@ def list_(
         typer.echo(f"{name:<{width}}  {tags:<{tag_width}}  {description}".rstrip())
 
 
+@app.command()
+def check(
+    method: Annotated[str, typer.Argument(help="A method's name, or path/to/file.py:Class.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="The method's own settings, e.g. k=2; repeatable.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Comma-separated contracts, by the names in the table.")] = "",
+) -> None:
+    """Check the contracts of a method on tiny models, in under a minute: what passed, what failed, why, what to do.
+
+    Write path/to/file.py, then:  python -m harness check path/to/file.py:MyTuner
+
+    Settings called batch_size, rollout_size ... are made small (harness/contracts/lab.py lists them); shrink others
+    with --set. The chain has four steps. The exit code is 1 if a contract fails. See docs/adding-a-method.md.
+    """
+    from harness.config import parse_set_of_method
+
+    overrides = parse_set_of_method(set_ or [])
+    typer.echo(f"checking {method} on two tiny models in double precision; the first line takes a few seconds")
+
+    from harness.contracts import check as contracts
+    from harness.contracts.lab import subject
+
+    checked = subject(method, overrides)
+    small = {name: value for name, value in checked.settings.items() if name != "optimizer"}
+    typer.echo("settings: " + ", ".join([*(f"{k}={v}" for k, v in small.items()), "the rest at their defaults"]) + "\n")
+    outcomes = []
+    for outcome in contracts.check(checked, _words(only)):
+        outcomes.append(outcome)
+        for line in contracts.lines(outcome):
+            typer.echo(line)
+    typer.echo(f"\n{method}: {contracts.summary(outcomes)}")
+    failed = [outcome.contract.name for outcome in outcomes if outcome.state == "FAILED"]
+    if failed:
+        raise ContractsBroken(f"{', '.join(failed)}; again with: python -m harness check {method} --only {failed[0]}")
+
+
 def _tags(attributes: dict[str, Any]) -> str:
-    tags = [str(attributes.get("role", "")), f"v{attributes['version']}" if "version" in attributes else ""]
+    tags = [
+        str(attributes.get("role", attributes.get("kind", ""))),
+        f"v{attributes['version']}" if "version" in attributes else "",
+    ]
     if attributes.get("needs_reward_gradient"):
         tags.append("needs the reward's gradient")
     if attributes.get("differentiable") is False:
@@ -157,7 +197,7 @@ def _tags(attributes: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, a failed cell exit code 1, Ctrl-C exit code 130."""
+    """Entry point: a user's mistake is one line and exit code 2, a failed cell or contract 1, Ctrl-C 130."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on parts that nothing here uses
     try:
         if app(standalone_mode=False) == 130:  # how newer versions of typer hand on a KeyboardInterrupt
@@ -165,7 +205,7 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except CellsFailed as error:
+    except (CellsFailed, ContractsBroken) as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):

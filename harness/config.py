@@ -245,6 +245,21 @@ def parse_set(items: Sequence[str]) -> dict[str, Any]:
     return result
 
 
+def parse_set_of_method(items: Sequence[str]) -> dict[str, Any]:
+    """`k=5`, `optimizer.learning_rate=1e-3`: the settings of one method.
+
+    Raises:
+        UserError: An item has no `=`.
+    """
+    result: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--set {item!r} is not understood: write k=5, the name of one of the method's settings")
+        _assign(result, key.strip().split("."), _scalar(f"--set {item!r}", value))
+    return result
+
+
 def _scalar(where: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)

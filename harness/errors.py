@@ -14,6 +14,10 @@ class CellsFailed(RuntimeError):  # noqa: N818 - reads as what happened
     """Some cells of a run crashed; what they computed is kept, and the same command runs them again."""
 
 
+class ContractsBroken(RuntimeError):  # noqa: N818 - reads as what happened
+    """A method was checked, and some of its contracts do not hold."""
+
+
 class Diverged(RuntimeError):  # noqa: N818 - a state of a cell, not a fault
     """Training left the finite numbers (NaN or infinite reward, loss or gradient): the cell ends as `diverged`."""
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.contracts.tiny import save_tiny_pipeline
 from models.gaussian import GaussianModel
 from models.stable_diffusion import StableDiffusion
-from tests.tiny import save_tiny_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -3,85 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from harness.api import (
-    Adapter,
-    AdapterConfig,
-    DiffusionModel,
-    Generation,
-    OptimizerConfig,
-    Prompt,
-    Randomness,
-    Request,
-    Reward,
-    SamplerConfig,
-    TrainedFineTuner,
-)
-from harness.context import CellContext
-from harness.metering import Meter, MeteredModel, TrainingReward
-from harness.registry import load_method
-from harness.sampling import generate, schedule
+from harness.api import Adapter, DiffusionModel, Prompt, Request, Reward, SamplerConfig, TrainedFineTuner
+from harness.contracts.lab import CPU, STILL, Lab, evaluate, lab, requests
+from harness.contracts.rewards import BrightnessReward, BrokenReward, QuadraticReward
+from harness.sampling import schedule
 
-CPU = torch.device("cpu")
-# Leaves the parameters where they are, so that the gradient can be read off and compared.
-STILL = OptimizerConfig(learning_rate=1e-30, weight_decay=0.0, max_gradient_norm=None)
-
-
-class QuadraticReward(Reward):
-    """Minus the mean squared distance of the pixels to 0.8: concave, largest at 0."""
-
-    name, version, differentiable, role, unit = "quadratic", "1", True, "proxy", "squared pixels"
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores in the pictures' own precision."""
-        return -((images_BCHW - 0.8) ** 2).flatten(1).mean(1)
-
-    def applies(self, prompt: Prompt) -> bool:
-        """To all."""
-        return True
-
-
-class BrightnessReward(Reward):
-    """The mean pixel, without a gradient, as a reward that calls an encoder is."""
-
-    name, version, differentiable, role, unit = "brightness", "1", False, "proxy", "pixels"
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores of detached pictures."""
-        return images_BCHW.detach().flatten(1).mean(1)
-
-    def applies(self, prompt: Prompt) -> bool:
-        """To all."""
-        return True
-
-
-class BrokenReward(Reward):
-    """The mean pixel plus a constant that is not a number."""
-
-    name, version, differentiable, role, unit = "broken", "1", True, "proxy", "nothing"
-    offset = float("nan")
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Not numbers, with a finite gradient."""
-        return images_BCHW.flatten(1).mean(1) + self.offset
-
-    def applies(self, prompt: Prompt) -> bool:
-        """To all."""
-        return True
+__all__ = [
+    "CPU",
+    "STILL",
+    "BrightnessReward",
+    "BrokenReward",
+    "InfiniteReward",
+    "Lab",
+    "QuadraticReward",
+    "assert_close",
+    "distance",
+    "evaluate",
+    "gradients",
+    "lab",
+    "mean_reward",
+    "reference_chain",
+    "reference_noise",
+    "requests",
+]
 
 
 class InfiniteReward(Reward):
@@ -99,53 +47,6 @@ class InfiniteReward(Reward):
     def applies(self, prompt: Prompt) -> bool:
         """To all."""
         return True
-
-
-@dataclass
-class Lab:
-    """What a method is given, and what the harness keeps behind it."""
-
-    inner: DiffusionModel
-    model: MeteredModel
-    reward: TrainingReward
-    meter: Meter
-    context: CellContext
-
-    def tuner(self, method: str | type, **settings: Any) -> Any:
-        """A method by name or class with these settings of its `Config`; the optimiser stands still unless given."""
-        found = load_method(method) if isinstance(method, str) else method
-        config = found.Config.model_validate({"optimizer": STILL, **settings})
-        return found(self.model, self.reward, config, self.context)
-
-
-def lab(
-    model: DiffusionModel,
-    reward: type[Reward] = QuadraticReward,
-    *,
-    seed: int = 0,
-    micro_batch: int = 16,
-    checkpointing: Literal["auto", "on", "off"] = "off",
-    adapter: float = 0.1,
-    rank: int = 2,
-    **sampler: Any,
-) -> Lab:
-    """A fresh adapter on the model whose every parameter is `adapter` away from where it starts, and all around it."""
-    model.add_adapter(AdapterConfig(rank=rank), Randomness(seed, "initial adapter"))
-    for name, parameter in model.adapter_parameters().items():
-        shift = Randomness(seed).normal(parameter.shape, "shift", name).to(model.dtype)
-        parameter.data = parameter.data.to(model.dtype) + adapter * shift
-    meter = Meter()
-    randomness = Randomness(seed, "method")
-    context = CellContext(model, randomness, SamplerConfig(**{"steps": 4, **sampler}), micro_batch, checkpointing)
-    score = TrainingReward([(1.0, reward(model.device))], meter, reward.name)
-    return Lab(model, MeteredModel(model, meter), score, meter, context)
-
-
-def requests(model: DiffusionModel, count: int, seed: int = 0, prompts: int = 2) -> list[Request]:
-    """`count` requests, in turn for each of `prompts` one-letter prompts."""
-    letters = [Prompt(f"p{i}", "abcdefgh"[i]) for i in range(prompts)]
-    noise = Randomness(seed, "noise")
-    return [Request(letters[i % prompts], i, noise.normal(model.latent_shape, i)) for i in range(count)]
 
 
 def gradients(tuner: TrainedFineTuner, batch: Sequence[Request]) -> dict[str, Tensor]:
@@ -200,10 +101,3 @@ def reference_noise(
 def mean_reward(lab: Lab, latents: Tensor, batch: Sequence[Request]) -> Tensor:
     """Mean reward of latents, a scalar, not metered."""
     return QuadraticReward(CPU)(lab.inner.decode(latents), [r.prompt for r in batch]).mean()
-
-
-def evaluate(lab: Lab, reward: Reward, batch: Sequence[Request]) -> float:
-    """Mean reward of pictures by the deterministic sampler of the lab."""
-    sampler = lab.context.sampler.model_copy(update={"eta": 0.0})
-    latents = generate(lab.inner, batch, Generation(sampler))
-    return float(reward(lab.inner.decode(latents), [r.prompt for r in batch]).mean())

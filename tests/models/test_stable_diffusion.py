@@ -12,10 +12,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from harness.api import Adapter, AdapterConfig, Generation, Randomness, SamplerConfig, UserError
+from harness.contracts.tiny import save_tiny_pipeline
 from harness.sampling import generate
 from models.stable_diffusion import StableDiffusion
 from tests.fakes import CPU, requests
-from tests.tiny import save_tiny_pipeline
 
 X = Randomness(0).normal((2, 4, 8, 8), "x")
 

@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline of random tiny weights, saved to disk in the real layout."""
+"""A Stable Diffusion pipeline of random tiny weights, saved to disk in the real layout: needs no download."""
 
 from __future__ import annotations
 

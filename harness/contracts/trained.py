@@ -1,0 +1,219 @@
+"""Contracts of methods that change weights."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import store
+from harness.api import DiffusionModel, Generation, UserError
+from harness.assembly import check_arms
+from harness.cell import run_cell
+from harness.contracts.lab import CPU, Subject, evaluate, lab, requests
+from harness.contracts.outcome import Broken, Contract, hold
+from harness.contracts.rewards import QuadraticReward, Watch
+from harness.contracts.shared import Result, round_cost, run_config, same, work
+from harness.grid import Grid
+from harness.workshop import Workshop
+
+# So large an epsilon makes AdamW's first steps proportional to the gradient: 1e-2 of it, nothing clipped.
+PROPORTIONAL = {"learning_rate": 1e4, "epsilon": 1e6, "weight_decay": 0.0, "max_gradient_norm": None}
+# How much of the way to the best reward a method must at least come, by what it sees of the reward.
+SHARE_WITH_GRADIENT, SHARE_WITHOUT = 0.5, 0.2
+
+
+def trains_the_adapter_alone(subject: Subject) -> None:
+    """Every parameter of the adapter moves, the base does not, and metrics are finite.
+
+    There are two pictures of each of two prompts, so that normalised advantages are a little below 1 in size: cut to
+    integers they are 0, and nothing moves.
+    """
+    setup = lab(subject.tiny)
+    tuner = subject.tuner(setup)
+    batch = requests(setup.inner, 2)
+    base = Generation(setup.context.sampler, lora_scale=0.0)
+    before, weights, pictures = setup.parameters(), setup.inner.fingerprint(), tuner.generate(batch, base)
+    after = work(setup, tuner)
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    hold(not still, f"{len(still)} of {len(before)} parameters of the adapter do not move, {(still or [''])[0]} first")
+    hold(setup.inner.fingerprint() == weights, "the weights of the base model have changed")
+    hold(torch.equal(tuner.generate(batch, base), pictures), "pictures with the adapter off have changed")
+
+
+def reports_finite_metrics(subject: Subject) -> None:
+    """`reward` and `gradient_norm` among them."""
+    setup = lab(subject.gaussian)
+    tuner = subject.tuner(setup)
+    metrics = tuner.iterate(requests(setup.inner, tuner.requests_per_iteration))
+    missing = sorted({"reward", "gradient_norm"} - metrics.keys())
+    hold(not missing, f"no {' and no '.join(missing)}")
+    hold(all(math.isfinite(value) for value in metrics.values()), f"not all finite: {dict(metrics)}")
+
+
+def resumes_bit_for_bit(subject: Subject) -> None:
+    """Restored from the adapter and the state on disk, the next updates are those of the uninterrupted run."""
+    for model, iterations in ((subject.gaussian, 2), (subject.tiny, 1)):
+        going_on = _resumed_is_the_same(subject, model, iterations)
+        hold(going_on, f"restored after {iterations} iterations, a run goes on differently")
+
+
+def _resumed_is_the_same(subject: Subject, model: DiffusionModel, iterations: int) -> bool:
+    """As many iterations before as after."""
+    setup = lab(model)
+    tuner = subject.tuner(setup)
+    for index in range(iterations):
+        work(setup, tuner, index)
+    adapter, state = setup.parameters(), _on_disk(tuner.state_dict())
+    for index in range(iterations, 2 * iterations):
+        uninterrupted = work(setup, tuner, index)
+
+    again = lab(model)
+    resumed = subject.tuner(again)
+    with torch.no_grad():
+        for name, parameter in model.adapter_parameters().items():
+            parameter.copy_(adapter[name])
+    resumed.load_state_dict(copy.deepcopy(state))
+    for index in range(iterations, 2 * iterations):
+        restored = work(again, resumed, index)
+    return same(restored, uninterrupted)
+
+
+def _on_disk(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise Broken(f"the state holds more than tensors and plain values: {reason}") from None
+    return loaded
+
+
+def ignores_the_micro_batch(subject: Subject) -> None:
+    """All together or in uneven parts: the update differs by rounding only."""
+    whole, parts = _update(subject, micro_batch=64), _update(subject, micro_batch=3)
+    size = max(float(change.abs().max()) for change in whole.values())
+    off = max(float((parts[name] - whole[name]).abs().max()) for name in whole)
+    hold(off <= 1e-9 * size, f"in parts of 3 the update differs by {off / max(size, 1e-300):.1e} of its size")
+
+
+def _update(subject: Subject, micro_batch: int) -> Result:
+    setup = lab(subject.tiny, micro_batch=micro_batch)
+    tuner = subject.tuner(setup, optimizer=PROPORTIONAL)
+    before = setup.parameters()
+    return {name: after - before[name] for name, after in work(setup, tuner).items()}
+
+
+def improves_the_reward(subject: Subject) -> None:
+    """On a Gaussian and a concave reward, fresh pictures come a good part of the way to the best.
+
+    Methods that see the score alone get more pictures and are asked for less.
+    """
+    pathwise = subject.finetuner.needs_reward_gradient
+    setup = lab(subject.gaussian, adapter=0.0, guidance=1.0, micro_batch=64)
+    more = {} if pathwise or "rollout_size" not in subject.settings else {"rollout_size": 64}
+    tuner = subject.tuner(setup, optimizer={"learning_rate": 2e-2}, **more)
+    reward, fresh = QuadraticReward(CPU), requests(setup.inner, 256, seed=77)
+    before = evaluate(setup, reward, fresh)
+    iterations = 80 if pathwise else 40
+    for index in range(iterations):
+        work(setup, tuner, index)
+    share = (evaluate(setup, reward, fresh) - before) / (0.0 - before)
+    needed = SHARE_WITH_GRADIENT if pathwise else SHARE_WITHOUT
+    hold(share > needed, f"{share:.0%} of the way in {iterations} iterations; at least {needed:.0%} are asked for")
+
+
+def stays_within_its_budget(subject: Subject) -> None:
+    """A cell with a budget of two and a half iterations runs, spends no more, and one that pays for none is refused."""
+    planned = round_cost(subject.tuner(lab(subject.gaussian))).maximal
+    for unit, amount in (("queries", planned.queries), ("denoiser_rows", planned.denoiser_rows)):
+        if amount:
+            _, status = _run(subject, Watch(QuadraticReward(CPU)), unit, 2.5 * amount)
+            spent = status["cost"][unit]
+            hold(status["iterations"] >= 2, f"{status['iterations']} iterations on a budget of two and a half")
+            hold(spent <= 2.5 * amount, f"{spent:g} {unit} spent, {2.5 * amount:g} allowed")
+    unit, amount = ("queries", planned.queries) if planned.queries else ("denoiser_rows", planned.denoiser_rows)
+    try:
+        check_arms(_grid(subject, unit, 0.5 * amount))
+    except UserError:
+        return
+    hold(False, f"{0.5 * amount:g} {unit} pay for no iteration, and were accepted")
+
+
+def never_sees_held_out_prompts(subject: Subject) -> None:
+    """In a run of the benchmark, the training reward is asked about training prompts alone."""
+    watch = Watch(QuadraticReward(CPU))
+    grid, _ = _run(subject, watch, "iterations", 3)
+    foreign = sorted(watch.prompts - {prompt.id for prompt in grid.training_prompts()})
+    hold(not foreign, f"training asked the reward about {', '.join(foreign[:3])}")
+
+
+def _run(subject: Subject, watch: Watch, unit: str, amount: float) -> tuple[Grid, dict[str, Any]]:
+    """One cell of a run, trained and evaluated: the run's plan, and what the cell's status says."""
+    grid = _grid(subject, unit, amount)
+    workshop = Workshop(grid)
+    workshop.training_rewards = dict.fromkeys(workshop.training_rewards, watch)
+    cell = grid.cells[1]
+    with tempfile.TemporaryDirectory() as folder:
+        run_cell(workshop, cell, Path(folder), lambda phase, fraction, detail: None)
+        return grid, store.read_json(Path(folder) / "cells" / cell.cell / "status.json")
+
+
+def _grid(subject: Subject, unit: str, amount: float) -> Grid:
+    return Grid(run_config(subject, budget={"unit": unit, "amount": amount, "curve_points": []}), subject.gaussian)
+
+
+TRAINED = (
+    Contract(
+        "adapter-only",
+        "every parameter of the adapter moves, and the base does not",
+        "optimise model.adapter_parameters(); a parameter that stays had no gradient (a detached decoder or latent), "
+        "or one of zero (advantages cut to integers)",
+        trains_the_adapter_alone,
+    ),
+    Contract(
+        "metrics",
+        "an iteration reports finite metrics, reward and gradient_norm among them",
+        "return {'reward': ..., 'gradient_norm': optimizer.step(), ...} from iterate",
+        reports_finite_metrics,
+    ),
+    Contract(
+        "improves",
+        "on the Gaussian model the reward improves",
+        "look for a flipped sign (the optimiser descends), or a step that is lost in clipping; where the method only "
+        "learns slowly, give it larger batches with --set",
+        improves_the_reward,
+    ),
+    Contract(
+        "resumes",
+        "saved and restored in the middle, it goes on as if it had not stopped, bit for bit",
+        "put everything that the next iteration reads into state_dict (optimiser, statistics, buffers, counters), as "
+        "tensors and plain values",
+        resumes_bit_for_bit,
+    ),
+    Contract(
+        "micro-batch",
+        "results do not depend on how many pictures are in memory at once",
+        "divide by the number of all requests, not of the part; key draws by prompt and noise id, never by row",
+        ignores_the_micro_batch,
+    ),
+    Contract(
+        "budget",
+        "a budget is never exceeded",
+        "let planned_cost().maximal be the most that an iteration can spend",
+        stays_within_its_budget,
+    ),
+    Contract(
+        "held-out",
+        "prompts that are held out never reach training",
+        "train on the requests that iterate is given",
+        never_sees_held_out_prompts,
+    ),
+)

@@ -6,9 +6,9 @@
 
 Cost of an iteration of B pictures: T steps forward to sample, A <= T forward for the reference, A with gradient, B
 queries without gradient. A collection serves several optimiser steps, each on its share of the pairs.
-Differs from the authors' code in: the mean over the steps instead of their sum, which AdamW does not see; the
-reference is the base also where the policy has moved far, as there. log p is the mean over latent dimensions, as
-there: the clamp is on that scale. An action whose ratio is clamped teaches nothing, nor does a pair of equal rewards.
+Differs from the authors' code in: rewards rank the pairs there as well, but several pairs share an optimiser step; the
+mean over the steps instead of their sum, which AdamW does not see. log p is the mean over latent dimensions, as there:
+the clamp is on that scale. An action whose ratio is clamped teaches nothing, nor does a pair of equal rewards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from harness.api import Adapter, Context, CostRange, DiffusionModel, Request, Reward, UserError
+from harness.api import BASE, Adapter, Context, CostRange, DiffusionModel, Request, Reward, UserError
 from methods._candidates import Pair, candidate, ranked_pairs
 from methods._rollouts import Rollout, RolloutConfig, RolloutTuner
 
@@ -79,9 +79,9 @@ class D3PO(RolloutTuner[D3POConfig]):
     @torch.no_grad()
     def reference(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Log-probabilities (N, A) of all actions without the adapter."""
-        size, base = self.context.micro_batch, Adapter(scale=0.0)
+        size = self.context.micro_batch
         parts = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
-        return torch.cat([torch.stack([self.log_actions(p, i, base) for i in self.places], 1) for p in parts])
+        return torch.cat([torch.stack([self.log_actions(p, i, BASE) for i in self.places], 1) for p in parts])
 
     @property
     def places(self) -> range:

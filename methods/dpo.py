@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from harness.api import Adapter, CostRange
+from harness.api import BASE, Adapter, CostRange
 from methods._candidates import ranked_pairs
 from methods._likelihood import Lesson, LikelihoodConfig, LikelihoodTuner, Picture
 
@@ -51,7 +51,7 @@ class DPO(LikelihoodTuner[DPOConfig]):
         pictures = [lesson.pictures[0] for lesson in lessons] + [lesson.pictures[1] for lesson in lessons]
         both = torch.cat([noise, noise])
         with torch.no_grad():
-            reference = self.error(pictures, t, both, Adapter(scale=0.0))
+            reference = self.error(pictures, t, both, BASE)
         winner, loser = (self.error(pictures, t, both, Adapter()) - reference).chunk(2)
         return -functional.logsigmoid(-self.config.beta / 2 * (winner - loser))
 

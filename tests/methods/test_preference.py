@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness.api import Adapter, DiffusionModel, Prompt, Randomness, Reward, UserError
+from harness.api import BASE, Adapter, DiffusionModel, Prompt, Randomness, Reward, UserError
 from methods._candidates import Pair, ranked_pairs
 from methods._likelihood import Lesson, Picture
 from models.gaussian import GaussianModel
 from models.stable_diffusion import StableDiffusion
 from tests.fakes import Lab, assert_close, gradients, lab, reference_noise, requests
-
-BASE = Adapter(scale=0.0)
 
 
 class EqualReward(Reward):

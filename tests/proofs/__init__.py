@@ -1,4 +1,4 @@
-"""Slow statistical proofs: that a method reaches what theory says it reaches. `tox -e proofs` runs them, `tox` does not.
+"""Slow statistical proofs: a method reaches what theory says it reaches. `tox -e proofs` runs them, `tox` does not.
 
 What belongs here: trainings or samplings of more than ten seconds whose end is known independently of the method (a
 closed form, a direct optimisation), on the closed-form Gaussian models. Whatever a formula, finite differences or one

@@ -8,8 +8,8 @@ latents that its ids give. An iteration of B pictures reads B / G requests.
 Cost of an iteration of B pictures: T steps forward to sample, A <= T with gradient to learn (and A of the base without
 where beta > 0), B queries without gradient.
 Differs from DanceGRPO in: LoRA instead of all weights; every step is learnt from; a group's pictures start from
-latents of their own, and the group's standard deviation is the population's (both as in Flow-GRPO, whose chain is a
-flow's). beta is Flow-GRPO's; DanceGRPO has no KL.
+latents of their own (implementations offer one latent per group, too); the group's standard deviation is the
+population's. beta is Flow-GRPO's; DanceGRPO has no KL.
 """
 
 from __future__ import annotations

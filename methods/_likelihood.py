@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -29,11 +29,11 @@ from harness.api import (
     Randomness,
     Request,
     Reward,
-    TrainedFineTuner,
     UserError,
 )
 from harness.sampling import initial_latents, sample, schedule, step_noise
 from methods._candidates import candidate
+from methods._state import OptimizerState
 
 
 class LikelihoodConfig(MethodConfig):
@@ -83,7 +83,7 @@ def loss_target(model: DiffusionModel, x0: Tensor, t: int, noise: Tensor) -> Ten
 ConfigT = TypeVar("ConfigT", bound=LikelihoodConfig)
 
 
-class LikelihoodTuner(TrainedFineTuner, Generic[ConfigT]):
+class LikelihoodTuner(OptimizerState, Generic[ConfigT]):
     """Collect pictures, turn them into lessons by their rewards, learn these. Subclasses say what a lesson is."""
 
     def __init__(self, model: DiffusionModel, reward: Reward, config: ConfigT, context: Context) -> None:
@@ -190,14 +190,6 @@ class LikelihoodTuner(TrainedFineTuner, Generic[ConfigT]):
             queries=pictures,
         )
         return CostRange(cost, cost)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimiser's moments; collections do not outlive their iteration."""
-        return {"optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the optimiser's moments."""
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 class WeightedLikelihoodTuner(LikelihoodTuner[ConfigT], Generic[ConfigT]):

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -26,6 +25,7 @@ from torch.nn import functional
 from harness.api import BASE, Adapter, Context, CostRange, DiffusionModel, Request, Reward, UserError
 from methods._candidates import Pair, candidate, ranked_pairs
 from methods._rollouts import Rollout, RolloutConfig, RolloutTuner
+from methods._state import OptimizerState
 
 
 class D3POConfig(RolloutConfig):
@@ -36,7 +36,7 @@ class D3POConfig(RolloutConfig):
     shared_start: bool = Field(True, description="Both pictures of a pair start from the same x_T. Authors' code: yes.")
 
 
-class D3PO(RolloutTuner[D3POConfig]):
+class D3PO(OptimizerState, RolloutTuner[D3POConfig]):
     """D3PO: per-step preferences between two noisy trajectories of each prompt."""
 
     version = "1"
@@ -118,11 +118,3 @@ class D3PO(RolloutTuner[D3POConfig]):
     def planned_cost(self) -> CostRange:
         """Sampling, the reference's word on every action, and learning from every action once."""
         return self.cost(reference_steps=len(self.actions))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimiser's moments."""
-        return {"optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the optimiser's moments."""
-        self.optimizer.load_state_dict(state["optimizer"])

@@ -11,26 +11,28 @@ import pandas as pd
 from harness.report import formatting as f
 from harness.report.analysis import Analysis
 from harness.report.records import Cell, Run
-from harness.report.tables import Table
+from harness.report.tables import Table, arm_name, inference_note
 from harness.stats.intervals import clopper_pearson
 
 ROWS = ("forward_rows", "gradient_rows", "recomputed_rows", "backward_rows")
 TIMES = ("iterations", "train_seconds", "evaluate_seconds", "peak_memory_mib", "seconds_per_query")
 COSTS = ("queries", "reward_gradients", *ROWS, "decodes")
+PICTURE = ("queries", "denoiser_rows")
 STATES = ("completed", "diverged", "crashed", "running", "planned")
 UNKNOWN = "unknown"
 EXPECTED = ("git", "packages", "cpu", "command")
 
 
 def costs(analysis: Analysis) -> Table:
-    """T5: what a cell of each method spent on training."""
+    """T5: what a cell of each method spent on training, and what each picture takes that it generates."""
     headers = (
         *("method", "reward queries (with gradient)", "denoiser rows"),
         *("forward / with gradient / recomputed / backward", "decodes"),
         *("training time (s)", "seconds a query, alone", "peak memory (MiB)"),
+        *("queries a generated picture", "denoiser rows a generated picture", "seconds a generated picture, alone"),
     )
     records = [cost_row(cell) for cell in analysis.run.cells if cell.counts]
-    data = pd.DataFrame(records, columns=["cell", "arm", "training_reward", "seed", *COSTS, *TIMES])
+    data = pd.DataFrame(records, columns=["cell", "arm", "training_reward", "seed", *COSTS, *TIMES, *_pictures()])
     rows = []
     for arm in analysis.run.arms:
         mine = data[data["arm"] == arm]
@@ -40,7 +42,7 @@ def costs(analysis: Analysis) -> Table:
         memory = [_number(alone["peak_memory_mib"])] if alone else [float(x) for x in mine["peak_memory_mib"]]
         rows.append(
             (
-                f"**{f.markdown(arm)}**",
+                arm_name(analysis.run, arm),
                 f"{f.count(mean['queries'])} ({f.count(mean['reward_gradients'])})",
                 f.count(sum(mean[name] for name in ROWS)),
                 " / ".join(f.count(mean[name]) for name in ROWS),
@@ -48,6 +50,8 @@ def costs(analysis: Analysis) -> Table:
                 f.spread(seconds),
                 f.significant(_number(alone.get("seconds_per_query"))),
                 f.spread(memory),
+                *(f.significant(float(mine[name].mean())) if len(mine) else f.DASH for name in _pictures()),
+                f.significant(_number(alone.get("seconds_per_picture"))),
             )
         )
     note = (
@@ -60,6 +64,8 @@ def costs(analysis: Analysis) -> Table:
         if analysis.run.timing
         else "Peak memory is that of workers that ran other cells before."
     )
+    note += " A generated picture: what evaluation or use takes for each, training aside."
+    note += inference_note(analysis.run)
     return Table("table-costs", headers, tuple(rows), data, note)
 
 
@@ -79,7 +85,15 @@ def cost_row(cell: Cell) -> dict[str, object]:
         "evaluate_seconds": _number(status.get("seconds", {}).get("evaluate")),
         "peak_memory_mib": _number(status.get("peak_memory_mib")),
         "seconds_per_query": _ratio(train, spent["queries"]),
+        **{
+            name: _number(status.get("generation_cost", {}).get(kind))
+            for name, kind in zip(_pictures(), PICTURE, strict=True)
+        },
     }
+
+
+def _pictures() -> tuple[str, ...]:
+    return tuple(f"{name}_per_picture" for name in PICTURE)
 
 
 def inventory(run: Run) -> Table:
@@ -102,9 +116,10 @@ def inventory(run: Run) -> Table:
         unfinished = len(cells) - finished - number["crashed"]
         text = f"{f.fixed(100 * rate.estimate, 0)} % [{f.fixed(100 * rate.low, 0)}, {f.fixed(100 * rate.high, 0)}]"
         counts = (len(cells), number["completed"], number["diverged"], number["crashed"], unfinished)
-        rows.append((f"**{f.markdown(arm)}**", *map(str, counts), text if finished else f.DASH))
+        rows.append((arm_name(run, arm), *map(str, counts), text if finished else f.DASH))
         data.append(dict(zip(("arm", *headers[1:6]), (arm, *counts), strict=True)))
     note = "Every planned cell is in this table. Diverged cells count in all results with their last finite checkpoint."
+    note += inference_note(run)
     return Table("table-inventory", headers, tuple(rows), pd.DataFrame(data), note)
 
 

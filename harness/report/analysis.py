@@ -95,15 +95,6 @@ def ordered_rewards(run: Run) -> list[RewardInfo]:
     return [infos[name] for name in dict.fromkeys(order) if name in infos]
 
 
-def is_deterministic(run: Run, arm: str) -> bool:
-    """Whether an arm has no seed variance: said by the plan, or one cell per reward in a run of several seeds."""
-    entry: Mapping[str, object] = next((a for a in run.plan["arms"] if a["label"] == arm), {})
-    if "stochastic" in entry:
-        return not entry["stochastic"]
-    cells = [run.cells_of(arm, reward) for reward in run.training_rewards]
-    return len(run.plan.get("seeds", [])) > 1 and all(len(found) == 1 for found in cells)
-
-
 def analyse(run: Run) -> Analysis:
     """Run all declared comparisons."""
     gains = Gains(run)
@@ -120,8 +111,8 @@ def analyse(run: Run) -> Analysis:
             [values[arm, reward] for reward in rewards],
             [values[reference, reward] for reward in rewards],
             MARGIN,
-            is_deterministic(run, arm),
-            is_deterministic(run, reference),
+            arm in run.constants,
+            reference in run.constants,
         )
 
     others = [arm for arm in run.arms if arm != run.reference]

@@ -102,7 +102,7 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "warnings": narrative.warnings(analysis),
         "pictures": figures.pictures,
         "headline": tables.headline(analysis),
-        "comparisons": tables.comparisons(analysis.primary),
+        "comparisons": tables.comparisons(analysis),
         "reference": f.markdown(run.reference),
         "forest": figures.forest,
         "how_to_read": narrative.how_to_read(analysis),
@@ -140,7 +140,8 @@ def _arms(analysis: Analysis) -> list[dict[str, object]]:
         number = sum(row[-1] != "default" for row in table.rows)
         gradient = "uses" if arm.get("needs_reward_gradient") else "does not use"
         method, version = arm.get("method", "unknown"), arm.get("version", "unknown")
-        about = f"Method {method}, version {version}; {gradient} reward gradients."
+        changes = " Changes no weights; spends on each picture." if arm["label"] in analysis.run.inference else ""
+        about = f"Method {method}, version {version}; {gradient} reward gradients.{changes}"
         result.append(
             {
                 "label": f.markdown(arm["label"]),

@@ -44,6 +44,8 @@ def forest(analysis: Analysis, name: str) -> Drawn:
         f"{INTERVAL}; tick: mean; dots: training seeds ({sample(data).text}); hollow dots: diverged runs, counted "
         "with their last finite checkpoint. Left: the reward that was trained on; right of it: measures that were not."
     )
+    if analysis.run.inference:
+        caption += " †: changes no weights."
     return Drawn(name, "Gains over the base model", figure, data, caption, _alt(analysis, panels))
 
 
@@ -85,7 +87,7 @@ def _panel(axes: Axes, analysis: Analysis, gains: list[Gain], look: dict[str, Lo
     for y, gain in enumerate(gains):
         _arm(axes, y, gain, look[gain.arm])
     axes.set_ylim(len(gains) - 0.45, -0.62)
-    axes.set_yticks(range(len(gains)), [gain.arm for gain in gains] if labels else [""] * len(gains))
+    axes.set_yticks(range(len(gains)), [_label(analysis, gain.arm) for gain in gains] if labels else [""] * len(gains))
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.spines["left"].set_visible(False)
     axes.use_sticky_edges = False
@@ -98,6 +100,10 @@ def _panel(axes: Axes, analysis: Analysis, gains: list[Gain], look: dict[str, Lo
     base = significant(first.base_mean)
     axes.text(0, 1.03, f"{role}; base model {base}", transform=axes.transAxes, fontsize=8, color=GREY)
     axes.set_xlabel(f"gain ({info.unit}) →")
+
+
+def _label(analysis: Analysis, arm: str) -> str:
+    return f"{arm} †" if arm in analysis.run.inference else arm
 
 
 def _arm(axes: Axes, y: int, gain: Gain, look: Look) -> None:

@@ -30,7 +30,7 @@ COLUMNS = (
 
 def learning_curves(analysis: Analysis, name: str) -> Drawn | None:
     """One row of panels per training reward; None where no cell was evaluated along training."""
-    arms = analysis.run.arms
+    arms = [arm for arm in analysis.run.arms if arm not in analysis.run.inference]
     curves = {
         reward: [analysis.gains.curve(arm, reward, reward) for arm in arms]
         for reward in analysis.run.training_rewards
@@ -40,7 +40,7 @@ def learning_curves(analysis: Analysis, name: str) -> Drawn | None:
         return None
     figure = Figure(figsize=(10.4, 0.6 + 2.75 * len(curves)), layout=roomy())
     grid = figure.subplots(len(curves), len(SPENT), squeeze=False, sharey="row")
-    look = looks(arms)
+    look = looks(analysis.run.arms)
     rows: list[dict[str, object]] = []
     for line, (reward, found) in zip(grid, curves.items(), strict=True):
         for axes, currency in zip(line, SPENT, strict=True):
@@ -59,6 +59,8 @@ def learning_curves(analysis: Analysis, name: str) -> Drawn | None:
         f"often). {sample(data).text}: the pictures that all points share, fewer than in the final evaluation. The "
         "line at 0 is the base model. Claims rest on the final gains, not on the curves."
     )
+    if analysis.run.inference:
+        caption += f" Not trained, and so without a curve: {joined(list(analysis.run.inference))}."
     return Drawn(name, "Gain against what was spent", figure, data, caption, _alt(curves))
 
 

@@ -11,6 +11,7 @@ from harness.report import formatting as f
 from harness.report.analysis import DIVERSITY, Analysis, held_out_name
 from harness.report.heatmap import base_correlations
 from harness.report.records import HELD_OUT, Run
+from harness.report.tables import arm_name
 from harness.stats.intervals import Interval, seed_t
 
 ALPHA = 0.05
@@ -22,15 +23,21 @@ def scope(analysis: Analysis) -> str:
     suite, model, budget = run.plan.get("suite", {}), run.plan.get("model", {}), run.plan.get("budget", {})
     seeds = run.plan.get("seeds", [])
     rewards = f.joined([f"`{_code(reward)}`" for reward in run.training_rewards])
-    arms = f.joined([f"**{f.markdown(arm)}**" for arm in run.arms])
     spent = f"{f.count(float(budget['amount']))} {f.markdown(budget.get('unit', ''))}" if "amount" in budget else "one"
     tuning = (
         f" **This run evaluated no held-out prompts: wherever held-out prompts are named, the {run.judged} prompts are "
         "meant, and nothing here is a result.**"
     )
+    untrained = f.joined([f"**{f.markdown(arm)}**" for arm in run.inference])
+    name = f.markdown(model.get("name", "unknown"))
+    trained = f.joined([f"**{f.markdown(arm)}**" for arm in run.arms if arm not in run.inference])
+    does = f"fine-tune the model {name} on {rewards} with a budget of {spent} each"
+    told = f"{trained} {does}" if trained else ""
+    if untrained:
+        told += "; " if trained else ""
+        told += f"{untrained} (†) change no weights of the model {name} and ask {rewards} while they generate"
     return (
-        f"{arms} fine-tune the model {f.markdown(model.get('name', 'unknown'))} on {rewards} with a budget of {spent} "
-        f"each, {f.plural(len(seeds), 'training seed')}, and are scored on the "
+        f"{told}, {f.plural(len(seeds), 'training seed')}. All are scored on the "
         f"{f.plural(len(run.prompts('held-out')), 'held-out prompt')} of {f.markdown(suite.get('name', 'unknown'))}."
     ) + (tuning if run.judged != HELD_OUT else "")
 
@@ -41,14 +48,21 @@ def lead(analysis: Analysis) -> str:
     names = [f.markdown(reward) for reward in analysis.run.training_rewards]
     what = names[0] if len(names) == 1 else f"the training reward, averaged over {f.joined(names)},"
     unit = "reward queries" if budget == "queries" else f.markdown(budget)
-    return f"With the same budget of {unit}, by the gain on {what} on prompts that no method trained on:"
+    untrained = [f.markdown(arm) for arm in analysis.run.inference]
+    apart = f" ({f.joined(untrained)} without any, at a price for each picture)" if untrained else ""
+    return f"With the same budget of {unit}{apart}, by the gain on {what} on prompts that no method trained on:"
 
 
 def verdicts(analysis: Analysis) -> list[str]:
     """One sentence per primary comparison."""
     if not analysis.primary:
         return ["Only one method was run: there is nothing to compare it with."]
-    return [f.markdown(judgement.sentence) for judgement in analysis.primary]
+    untrained = analysis.run.inference
+    return [
+        f.markdown(j.sentence) + (" † One of the two changes no weights." if mixed else "")
+        for j in analysis.primary
+        for mixed in [(j.arm in untrained) != (j.reference in untrained)]
+    ]
 
 
 def outcomes(analysis: Analysis) -> list[str]:
@@ -60,7 +74,7 @@ def outcomes(analysis: Analysis) -> list[str]:
     result = []
     for arm in analysis.run.arms:
         gain = analysis.pooled(arm, [(reward, reward) for reward in rewards])
-        text = f"**{f.markdown(arm)}**: {f.estimate(gain)} base SD over the base model on {target}{_side(gain)}"
+        text = f"{arm_name(analysis.run, arm)}: {f.estimate(gain)} base SD over the base model on {target}{_side(gain)}"
         witnesses = [(reward, name) for reward in rewards if (name := held_out_name(analysis, reward))]
         if witnesses:
             text += f"; on the held-out measure {f.estimate(analysis.pooled(arm, witnesses))}"

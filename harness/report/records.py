@@ -97,6 +97,16 @@ class Run:
         return tuple(str(arm["label"]) for arm in self.plan["arms"])
 
     @property
+    def inference(self) -> tuple[str, ...]:
+        """Arms that change no weights, and spend queries and rows on each picture instead."""
+        return tuple(str(arm["label"]) for arm in self.plan["arms"] if arm.get("kind") == "inference")
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Arms without seed variance: one cell for each training reward, whatever the seeds of the run."""
+        return tuple(str(arm["label"]) for arm in self.plan["arms"] if not arm.get("seeded", True))
+
+    @property
     def training_rewards(self) -> tuple[str, ...]:
         """Rewards that were trained on, in the order of the plan."""
         return tuple(str(name) for name in self.plan["training_rewards"])

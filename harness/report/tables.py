@@ -11,7 +11,7 @@ import pandas as pd
 from harness.report import formatting as f
 from harness.report.analysis import DIVERSITY, Analysis, held_out_name
 from harness.report.heatmap import matrix_rows
-from harness.report.records import Cell
+from harness.report.records import Cell, Run
 from harness.stats.intervals import Interval, seed_t
 from harness.stats.verdict import Judgement, Verdict
 
@@ -48,6 +48,20 @@ def _numeric(column: Sequence[str]) -> bool:
     return bool(shown) and all(text[0] in "+−<[0123456789" for text in shown)
 
 
+def arm_name(run: Run, arm: str) -> str:
+    """An arm's label, with a dagger where the arm changes no weights."""
+    return f"**{f.markdown(arm)}**{' †' if arm in run.inference else ''}"
+
+
+def inference_note(run: Run) -> str:
+    """What the dagger means; empty where no arm has one."""
+    if not run.inference:
+        return ""
+    constants = [f.markdown(arm) for arm in run.constants]
+    fixed = f" No seed variance, one value each: {f.joined(constants)}." if constants else ""
+    return f" †: changes no weights, was not trained, and spends queries and rows on each picture it generates.{fixed}"
+
+
 def headline(analysis: Analysis) -> Table:
     """T1: one row per method, what it gained and what that cost."""
     run = analysis.run
@@ -71,48 +85,55 @@ def headline(analysis: Analysis) -> Table:
             intervals["held-out"] = analysis.pooled(arm, witnesses)
         for name in gold:
             intervals[name] = analysis.pooled(arm, [(reward, name) for reward in rewards], standardise=False)
-        row = [f"**{f.markdown(arm)}**", *(f.estimate(interval) for interval in intervals.values())]
+        row = [arm_name(run, arm), *(f.estimate(interval) for interval in intervals.values())]
         vendi = seed_t([analysis.diversity(arm, reward) for reward in run.training_rewards])
         row += [f.estimate(vendi, sign=False)] * bool(np.isfinite(base_vendi))
         cells = [cell for cell in run.cells if cell.arm == arm]
-        row += [f.count(_mean(cells, "queries")), f.spread(_seconds(cells)), seeds_text(analysis, arm)]
+        if arm in run.inference:
+            row += [f"{f.count(_mean(cells, 'queries', 'generation_cost'))} a picture", f.DASH]
+        else:
+            row += [f.count(_mean(cells, "queries")), f.spread(_seconds(cells))]
+        row.append(seeds_text(analysis, arm))
         rows.append(tuple(row))
         record: dict[str, object] = {"arm": arm}
         for name, interval in {**intervals, "vendi": vendi}.items():
             record |= {name: interval.estimate, f"{name} low": interval.low, f"{name} high": interval.high}
         record |= {"queries": _mean(cells, "queries"), "train_seconds": _average(_seconds(cells))}
+        record["queries a picture"] = _mean(cells, "queries", "generation_cost")
         data.append(
             record | {state: sum(c.state == state for c in cells) for state in STATES} | {"planned": len(cells)}
         )
     note = "Gains over the base model on held-out prompts, mean over training seeds with 95 % t interval."
     if len(rewards) > 1:
         note += " Equal-weight mean over the training rewards, which are these and no sample of others."
-    return Table("table-1-headline", tuple(headers), tuple(rows), pd.DataFrame(data), note)
+    return Table("table-1-headline", tuple(headers), tuple(rows), pd.DataFrame(data), note + inference_note(run))
 
 
 STATES = ("completed", "diverged", "crashed", "running", "planned")
 
 
 def seeds_text(analysis: Analysis, arm: str) -> str:
-    """``5/5``, or ``4/5 (1 diverged)``; the smallest over training rewards."""
+    """``5/5``, or ``4/5 (1 diverged)``; the smallest over training rewards. An arm without seed variance says so."""
     counts = []
     for reward in analysis.run.training_rewards:
         cells = analysis.run.cells_of(arm, reward)
         counts.append((sum(cell.counts for cell in cells), len(cells), sum(cell.state == "diverged" for cell in cells)))
     done, planned, _ = min(counts)
     diverged = sum(count[2] for count in counts)
-    return f"{done}/{planned}" + (f" ({diverged} diverged)" if diverged else "")
+    fixed = "one value, no seed variance" if arm in analysis.run.constants and done == planned else f"{done}/{planned}"
+    return fixed + (f" ({diverged} diverged)" if diverged else "")
 
 
-def comparisons(judgements: Sequence[Judgement], name: str = "table-2-comparisons") -> Table:
+def comparisons(analysis: Analysis, name: str = "table-2-comparisons") -> Table:
     """The primary family: each arm against the reference."""
+    run, judgements = analysis.run, analysis.primary
     headers = (
         *("method vs reference", "difference (base SD)", "95 % interval", "simultaneous interval"),
         *("p", "adjusted p", "P(better)", "verdict"),
     )
     rows = [
         (
-            f"{f.markdown(j.arm)} vs {f.markdown(j.reference)}",
+            f"{_plain_name(run, j.arm)} vs {_plain_name(run, j.reference)}",
             f.fixed(j.difference.estimate, f.decimals(j.difference.half_width), sign=True),
             f.bounds(j.difference),
             f.bounds(j.simultaneous),
@@ -130,7 +151,9 @@ def comparisons(judgements: Sequence[Judgement], name: str = "table-2-comparison
         "the method beats one of the reference. Verdicts rest on adjusted p and P(better), not on the "
         "unadjusted interval."
     )
-    return Table(name, headers, tuple(rows), data, note)
+    if run.constants:
+        note += " Against an arm without seed variance, p is that of the other arm's one-sample t test."
+    return Table(name, headers, tuple(rows), data, note + inference_note(run))
 
 
 def verdict_text(judgement: Judgement) -> str:
@@ -156,13 +179,15 @@ def rewards_by_method(analysis: Analysis, training_reward: str) -> Table:
         extremes = [f.fixed(float(v), places, sign=True) for v in (values.min(), values.max())] if len(values) else []
         rows.append(
             (
-                f"**{f.markdown(arm)}**",
+                arm_name(analysis.run, arm),
                 f.estimate(raw),
                 f.estimate(gain.interval),
                 f.estimate(seed_t(gain.standardised)),
                 f.estimate(seen.interval),
                 " … ".join(extremes) or f.DASH,
-                f"{len(values)}/{gain.runs.planned}",
+                seeds_text(analysis, arm)
+                if arm in analysis.run.constants and len(values)
+                else f"{len(values)}/{gain.runs.planned}",
                 f"{gain.prompts} × {gain.pictures // max(gain.prompts, 1)}",
             )
         )
@@ -179,7 +204,7 @@ def rewards_by_method(analysis: Analysis, training_reward: str) -> Table:
     note = (
         f"Base model: {f.significant(base.base_mean)}; one base SD is {f.significant(base.sd)} "
         f"({f.markdown(analysis.unit(training_reward))})."
-    )
+    ) + inference_note(analysis.run)
     return Table(f"table-rewards-{_index(analysis, training_reward)}", headers, tuple(rows), pd.DataFrame(data), note)
 
 
@@ -211,7 +236,7 @@ def pairwise(analysis: Analysis, training_reward: str) -> Table:
     found = analysis.secondary[training_reward]
     rows = tuple(
         (
-            f"{f.markdown(j.arm)} − {f.markdown(j.reference)}",
+            f"{_plain_name(analysis.run, j.arm)} − {_plain_name(analysis.run, j.reference)}",
             f.estimate(f.scaled(j.difference, sd)),
             f.estimate(j.difference),
             f.p_value(j.comparison.p),
@@ -225,7 +250,7 @@ def pairwise(analysis: Analysis, training_reward: str) -> Table:
     family = found[0].family if found else 0
     note = (
         f"Welch's test on seed means; adjusted p: Holm over {f.plural(family, 'comparison')} (all pairs and rewards)."
-    )
+    ) + inference_note(analysis.run)
     return Table(f"table-pairs-{_index(analysis, training_reward)}", headers, rows, data, note)
 
 
@@ -240,7 +265,7 @@ def generalisation(analysis: Analysis) -> Table:
             worst = f"{f.estimate(matrix.cells[i][j])} on {f.markdown(matrix.worst[1])}"
             worst += f" (trained on {f.markdown(matrix.worst[0])})" if len(matrix.rows) > 1 else ""
         summaries = (f.estimate(x) for x in (matrix.on_target, matrix.off_target, matrix.gap))
-        rows.append((f"**{f.markdown(arm)}**", *summaries, worst, str(matrix.harmed)))
+        rows.append((arm_name(analysis.run, arm), *summaries, worst, str(matrix.harmed)))
     note = (
         "Mean gains in base-SD units with 95 % t intervals over seeds: on the reward trained on, on all other "
         "evaluation rewards, and their difference. Losses are exploratory (Benjamini-Hochberg within a method)."
@@ -275,6 +300,10 @@ def raw_p(judgements: Sequence[Judgement]) -> Table:
         for j in judgements
     )
     return Table("", headers, rows, pd.DataFrame())
+
+
+def _plain_name(run: Run, arm: str) -> str:
+    return arm_name(run, arm).replace("**", "")
 
 
 def _judgement_row(reward: str, j: Judgement, sd: float) -> dict[str, object]:
@@ -316,8 +345,8 @@ def _average(values: Sequence[float]) -> float:
     return sum(kept) / len(kept) if kept else float("nan")
 
 
-def _mean(cells: Sequence[Cell], key: str) -> float:
-    return _average([float(cell.status.get("cost", {}).get(key, np.nan)) for cell in cells if cell.counts])
+def _mean(cells: Sequence[Cell], key: str, what: str = "cost") -> float:
+    return _average([float(cell.status.get(what, {}).get(key, np.nan)) for cell in cells if cell.counts])
 
 
 def _seconds(cells: Sequence[Cell]) -> list[float]:

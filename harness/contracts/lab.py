@@ -45,6 +45,7 @@ SMALL: dict[str, Any] = {
     "per_prompt_minimum": 2,
     "m": 3,
     "n": 2,
+    "iterations": 3,
     "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0},
 }
 

@@ -51,7 +51,6 @@ def run_inference(workshop: Workshop, cell: Cell, directory: Path, progress: Pro
     try:
         return run.finish(tuner.generate)
     except Diverged as error:
-        run.tally = Tally(Meter())
         return run.finish(_base_generate(workshop, Meter()), "diverged", str(error))
 
 
@@ -89,7 +88,8 @@ class _Untrained:
             self.progress("evaluate", 0.8 * fraction, "base model" if self.kind == "base" else "pictures")
 
         pictures, latents = evaluator.pictures(generate_counted, [e.request for e in evaluated], report)
-        generation = self.tally.per_picture()
+        # A diverged cell shows the base's pictures; what a picture of its own would have cost is not known.
+        generation = self.tally.per_picture() if state == "completed" else {}
         keep = self.workshop.keep_images
         write_final(evaluator, directory, self.identity, {}, evaluated, pictures, latents, keep_images=keep)
         write_metrics(directory, self.identity, evaluator.diversity(pictures_of))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from harness.api import (
     Cost,
     CostRange,
     DiffusionModel,
+    Generation,
+    InferenceFineTuner,
     MethodConfig,
     Prompt,
     Request,
     Reward,
     TrainedFineTuner,
 )
+from harness.sampling import generate
 
 
 def beside(name: str) -> Path:
@@ -82,6 +86,52 @@ class Fragile(Reward):
     def applies(self, prompt: Prompt) -> bool:
         """To prompts with an even number of letters, so that a reward with gaps is among those tested."""
         return len(prompt.text) % 2 == 0
+
+
+class Printed(Reward):
+    """The mean pixel of 8-bit pictures; not a number for those that a method makes, which are no such."""
+
+    name, version, differentiable, role, unit = "printed", "1", True, "proxy", "pixels"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,)."""
+        levels = images_BCHW.detach().float() * 255
+        printed = bool(((levels - levels.round()).abs() < 1e-3).all())
+        return images_BCHW.float().flatten(1).mean(1) * (1.0 if printed else float("nan"))
+
+    def applies(self, prompt: Prompt) -> bool:
+        """To all."""
+        return True
+
+
+class Climber(InferenceFineTuner):
+    """Moves the finished picture a little up the reward's gradient: a method that differentiates while generating."""
+
+    version = "1"
+    stochastic = False
+    needs_reward_gradient = True
+    Config = MethodConfig
+
+    def __init__(self, model: DiffusionModel, reward: Reward, config: MethodConfig, context: Context) -> None:
+        self.model, self.reward, self.context = model, reward, context
+
+    def generate(self, requests: Sequence[Request], generation: Generation) -> Tensor:
+        """The base sampler's latents plus a tenth of the gradient."""
+        base = generate(self.model, requests, replace(generation, lora_scale=0.0))
+        with torch.enable_grad():
+            latents = base.detach().requires_grad_()
+            scores = self.reward(self.model.decode(latents), [request.prompt for request in requests])
+            (gradient,) = torch.autograd.grad(scores.sum(), latents)
+        return base + 0.1 * gradient
+
+    def planned_cost(self) -> CostRange:
+        """One chain and one query with its gradient."""
+        rows = self.context.sampler.steps * (1 if self.context.sampler.guidance == 1.0 else 2)
+        cost = Cost(forward_rows=rows, decodes=1, queries=1, reward_gradients=1)
+        return CostRange(cost, cost)
 
 
 class Spy(TrainedFineTuner):

@@ -29,7 +29,6 @@ def costs(analysis: Analysis) -> Table:
         *("method", "reward queries (with gradient)", "denoiser rows"),
         *("forward / with gradient / recomputed / backward", "decodes"),
         *("training time (s)", "seconds a query, alone", "peak memory (MiB)"),
-        *("queries a generated picture", "denoiser rows a generated picture", "seconds a generated picture, alone"),
     )
     records = [cost_row(cell) for cell in analysis.run.cells if cell.counts]
     data = pd.DataFrame(records, columns=["cell", "arm", "training_reward", "seed", *COSTS, *TIMES, *_pictures()])
@@ -50,8 +49,6 @@ def costs(analysis: Analysis) -> Table:
                 f.spread(seconds),
                 f.significant(_number(alone.get("seconds_per_query"))),
                 f.spread(memory),
-                *(f.significant(float(mine[name].mean())) if len(mine) else f.DASH for name in _pictures()),
-                f.significant(_number(alone.get("seconds_per_picture"))),
             )
         )
     note = (
@@ -64,9 +61,23 @@ def costs(analysis: Analysis) -> Table:
         if analysis.run.timing
         else "Peak memory is that of workers that ran other cells before."
     )
-    note += " A generated picture: what evaluation or use takes for each, training aside."
     note += inference_note(analysis.run)
     return Table("table-costs", headers, tuple(rows), data, note)
+
+
+def generation(analysis: Analysis) -> Table:
+    """T5, second part: what each picture takes that a method generates, training aside."""
+    run = analysis.run
+    headers = ("method", "queries a generated picture", "denoiser rows a generated picture", "seconds, alone")
+    data = pd.DataFrame([cost_row(cell) for cell in run.cells if cell.counts], columns=["arm", *_pictures()])
+    means = data.groupby("arm").mean()
+    rows = []
+    for arm in run.arms:
+        spent = [float(means[name].get(arm, np.nan)) for name in _pictures()]
+        alone = _number(run.timing.get(arm, {}).get("seconds_per_picture"))
+        rows.append((arm_name(run, arm), *(f.significant(x) for x in (*spent, alone))))
+    note = "Means over the pictures of the final evaluation, whose own scoring is not counted." + inference_note(run)
+    return Table("table-generation", headers, tuple(rows), data, note)
 
 
 def cost_row(cell: Cell) -> dict[str, object]:

@@ -116,6 +116,7 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "diversity": narrative.diversity(analysis),
         "tradeoffs": figures.tradeoffs,
         "costs": account.costs(analysis),
+        "generation": account.generation(analysis),
         "arms": _arms(analysis),
         "settings": account.settings(run),
         "glossary": account.glossary(analysis),

@@ -1,7 +1,7 @@
 """Judge the embedded generator: does it draw the right animal, style and background?
 
 `python -m models.emoji.evaluate` generates pictures of the animals of the prompt suite `emoji-animals` at
-the sampler of the preset `quick` (DDIM, 10 steps, trailing spacing, guidance 4, eta 0) and judges them:
+the sampler of the preset `quick` (DDIM, 10 steps, trailing spacing, guidance 2, eta 0) and judges them:
 
 - the animal, by the gold classifier `critics/object`;
 - the style, by `critics/style3d`;
@@ -59,7 +59,7 @@ class Sampler:
     """
 
     steps: int = 10
-    guidance: float = 4.0
+    guidance: float = 2.0
     spacing: str = "trailing"
     batch: int = 24
 

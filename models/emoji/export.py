@@ -66,7 +66,7 @@ def generate(
     *,
     seed: int,
     steps: int = 10,
-    guidance: float = 4.0,
+    guidance: float = 2.0,
     batch: int = 16,
 ) -> Tensor:
     """Return pictures float32 (N, 3, 64, 64) in [0, 1], one per prompt."""

@@ -60,14 +60,14 @@ class Recipe:
     batch: int = 16
     vae_steps: int = 3200
     vae_lr: float = 2e-3
-    decoder_steps: int = 1800
+    decoder_steps: int = 5500
     decoder_lr: float = 5e-4
     latents: int = 12288
     drop: float = 0.1
     text_steps: int = 2500
     text_batch: int = 64
     text_lr: float = 6e-3
-    denoiser_steps: int = 26000
+    denoiser_steps: int = 20000
     denoiser_lr: float = 2e-3
     fresh: int = 256
 

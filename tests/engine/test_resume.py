@@ -87,7 +87,7 @@ def test_a_new_reward_scores_and_does_not_train(bench: Bench, keep: str) -> None
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"settings": {"draft": {"learning_rate": 0.5}}}, "learning_rate was 0.001 and is now 0.5"),
+        ({"settings": {"draft": {"learning_rate": 0.5}}}, "learning_rate was 0.003 and is now 0.5"),
         ({"budget": {"amount": 18, "curve_points": [8]}}, "budget.amount was 16.0 and is now 18.0"),
         ({"sampler": {"steps": 5}}, "sampler.steps was 4 and is now 5"),
         ({"dtype": "float64"}, "dtype was 'float32' and is now 'float64'"),

@@ -18,8 +18,9 @@ from models.emoji.data import (
     clean_name,
     compose,
 )
+from models.emoji.denoiser import PLACEMENT, CaptionedLatents, LatentSet, PictureFromCaption
 from models.emoji.loop import Stage, cosine
-from models.emoji.text import learn_merges, write_tokenizer
+from models.emoji.text import MAX_LENGTH, build_text_encoder, learn_merges, write_tokenizer
 from models.emoji.train import Recipe, train
 
 
@@ -104,13 +105,17 @@ def test_normalised_latents_keep_the_reconstruction(sprites: Sprites) -> None:
     torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(16), atol=0.2, rtol=0)
 
 
-def test_a_resumed_stage_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
-    """An interruption between two checkpoints leaves no trace in the result."""
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_resumed_stage_ends_where_an_unbroken_one_does(tmp_path: Path, muon: bool) -> None:
+    """An interruption between two checkpoints leaves no trace in the result, whichever optimisers train."""
 
     def run(folder: Path, stop: int = 6) -> torch.Tensor:
         torch.manual_seed(0)
-        module = nn.Linear(4, 1)
-        stage = Stage("toy", module, folder, steps=6, lr=1e-2, generator=torch.Generator().manual_seed(1), save_every=0)
+        first = nn.Linear(4, 4)
+        module = nn.Sequential(first, nn.Linear(4, 1))
+        generator = torch.Generator().manual_seed(1)
+        orthogonal = [first.weight] if muon else []
+        stage = Stage("toy", module, folder, steps=6, lr=1e-2, generator=generator, save_every=0, orthogonal=orthogonal)
 
         def loss_of(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
             if stage.step == stop:
@@ -118,7 +123,7 @@ def test_a_resumed_stage_ends_where_an_unbroken_one_does(tmp_path: Path) -> None
             return module(torch.randn(8, 4, generator=generator)).square().mean(), {}
 
         stage.run(loss_of)
-        return module.weight.detach()
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
 
     assert cosine(0, 10, 2, 0.1) == 0.5
     assert cosine(10, 10, 2, 0.1) == pytest.approx(0.1)
@@ -127,6 +132,50 @@ def test_a_resumed_stage_ends_where_an_unbroken_one_does(tmp_path: Path) -> None
         run(tmp_path / "broken", stop=3)
     assert torch.equal(run(tmp_path / "broken"), whole)
     assert torch.equal(run(tmp_path / "broken"), whole)
+
+
+def test_drawn_captions_say_what_the_latents_show(sprites: Sprites, tmp_path: Path) -> None:
+    """Every drawn caption is one of the true ones of its picture, or empty; each part is named as often as planned."""
+    tokenizer = write_tokenizer([caption(n, s, c) for n in sprites.names for s in STYLES for c in COLOURS], tmp_path)
+    ids = torch.cartesian_prod(torch.arange(8), torch.arange(3), torch.arange(12))
+    # A latent that carries its own labels, so that a draw can be recognised.
+    latents = torch.zeros(len(ids), 16, 8, 8)
+    latents[:, :3, 0, 0] = ids.float()
+    data = CaptionedLatents(LatentSet(latents, *ids.unbind(1)), tokenizer, sprites.names, drop=0.1)
+    drawn, rows = data.draw(2000, torch.Generator().manual_seed(0))
+    named = [0, 0]
+    for picture, row in zip(drawn, data.tokens[rows], strict=True):
+        name, style, colour = (int(i) for i in picture[:3, 0, 0])
+        # The tokenizer's pieces come back with spaces of their own.
+        told = {
+            caption(sprites.names[name], s, c).replace(" ", ""): (s is not None, c is not None)
+            for s in (STYLES[style], None)
+            for c in (list(COLOURS)[colour], None)
+        } | {"": (False, False)}
+        said = tokenizer.decode(row, skip_special_tokens=True).replace(" ", "")
+        assert said in told
+        named = [count + part for count, part in zip(named, told[said], strict=True)]
+    assert named[0] / 2000 == pytest.approx(0.9 * PLACEMENT.name_style, abs=0.04)
+    assert named[1] / 2000 == pytest.approx(0.9 * PLACEMENT.name_colour, abs=0.04)
+
+
+def test_one_token_shows_one_cell(sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of token 8 + i moves the 2x2 latents of cell i, row by row, and nothing else."""
+    torch.manual_seed(0)
+    module = PictureFromCaption(build_text_encoder(write_tokenizer(["a cat"], tmp_path)))
+    states = torch.randn(1, MAX_LENGTH, 192)
+    monkeypatch.setattr(module.text_encoder, "forward", lambda tokens: (states.clone(),))
+    with torch.no_grad():
+        before = module(torch.zeros(1, MAX_LENGTH, dtype=torch.long))
+        for cell in (0, 1, 6, 15):
+            kept = states.clone()
+            states[:, 8 + cell] += 1
+            moved = (module(torch.zeros(1, MAX_LENGTH, dtype=torch.long)) != before).any(1)[0]
+            expected = torch.zeros(8, 8, dtype=torch.bool)
+            row, column = divmod(cell, 4)
+            expected[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = True
+            assert torch.equal(moved, expected)
+            states.copy_(kept)
 
 
 def test_all_stages_from_nothing(sprites: Sprites, tmp_path: Path) -> None:

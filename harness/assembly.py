@@ -23,7 +23,7 @@ def assemble(
         Randomness(seed, "method"),
         arm.sampler,
         config.micro_batch,
-        config.checkpointing,
+        arm.checkpointing,
         config.activation_limit_gib,
     )
     terms = [(weight, rewards[name]) for weight, name in grid.training_rewards[expression]]

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from harness.errors import UserError, nearest
+from harness.finding import Finding
 from harness.prompts import Split
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
@@ -108,6 +109,41 @@ class EvaluationConfig(BaseModel):
         return prompts
 
 
+class VariantConfig(BaseModel):
+    """Another way to generate with an adapter that was trained once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str
+    lora_scale: float = Field(1.0, ge=0, allow_inf_nan=False, description="Strength of the adapter; 0 is the base.")
+    lora_steps: int | None = Field(
+        None, ge=0, description="The adapter acts in the last this many sampling steps only; None: in all."
+    )
+
+
+class EarlyStoppingConfig(BaseModel):
+    """Keep the adapter of the curve point that scores best on validation prompts, as the variant `early-stopping`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reward: str = Field(description="Rewards or metrics that judge it, e.g. emoji-clip-heldout, or a weighted sum.")
+    prompts: int = Field(8, ge=1, description="Validation prompts, the first ones of the suite's split.")
+    latents: int = Field(2, ge=1, description="Pictures per prompt.")
+
+
+class MixConfig(BaseModel):
+    """Adapters of one arm, trained on several rewards, mixed into one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    arm: str
+    weights: dict[str, float] = Field(description="Weight of each training reward's adapter.")
+    rank: int | None = Field(None, ge=1, description="Of the mixed adapter; None: that of the run's adapters.")
+
+
+Probe = Literal["gradient-norms", "gradient-variance"]
+
+
 class ArmConfig(BaseModel):
     """A method with its overrides and a label."""
 
@@ -139,6 +175,11 @@ class RunConfig(BaseModel):
     settings: dict[str, dict[str, Any]] = Field(
         default={}, description="Hyper-parameters by method; an arm's own overrides come after these."
     )
+    variants: tuple[VariantConfig, ...] = Field((), description="Further ways to generate with each trained adapter.")
+    early_stopping: EarlyStoppingConfig | None = None
+    mixes: tuple[MixConfig, ...] = Field((), description="Mixtures of trained adapters, evaluated after the cells.")
+    probes: tuple[Probe, ...] = Field((), description="What is measured at the start, middle and end of training.")
+    findings: tuple[Finding, ...] = Field((), description="Claims, and the statements that the report judges them by.")
     micro_batch: int = Field(16, ge=1, description="Pictures in memory at once while training.")
     checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="Gradient checkpointing per sampling step; auto: where activations exceed the limit."

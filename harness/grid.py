@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -33,6 +33,8 @@ from harness.registry import (
 
 SCHEMA = 1
 BASE_CELL = "base"
+# What changes neither a cell nor which cells there are: the directory of a run does not depend on it.
+ADDED_LATER = {"out", "workers", "device", "keep_images", "timing", "variants", "mixes", "findings"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Arm:
     finetuner: type[FineTuner]
     config: MethodConfig
     sampler: SamplerConfig
+    checkpointing: Literal["auto", "on", "off"]
     overrides: Mapping[str, Any]
 
     @property
@@ -89,6 +92,11 @@ def build_arm(arm: ArmConfig, config: RunConfig) -> Arm:
     finetuner = load_method(arm.method)
     overrides = dict(arm.overrides)
     sampler_overrides = overrides.pop("sampler", {})
+    checkpointing = overrides.pop("checkpointing", config.checkpointing)
+    if isinstance(checkpointing, bool):  # YAML reads a bare on or off so
+        checkpointing = "on" if checkpointing else "off"
+    if checkpointing not in ("auto", "on", "off"):
+        raise UserError(f"{arm.label}: checkpointing={checkpointing!r}: write auto, on or off")
     if sampler_overrides and issubclass(finetuner, InferenceFineTuner):
         raise UserError(
             f"{arm.label}: {arm.method} trains nothing and generates with the run's sampler; "
@@ -103,7 +111,7 @@ def build_arm(arm: ArmConfig, config: RunConfig) -> Arm:
         sampler = SamplerConfig.model_validate({**config.sampler.model_dump(), **sampler_overrides})
     except ValidationError as error:
         raise UserError(explain(error, SamplerConfig, "sampler.")) from None
-    return Arm(arm.label, arm.method, finetuner, method_config, sampler, arm.overrides)
+    return Arm(arm.label, arm.method, finetuner, method_config, sampler, checkpointing, arm.overrides)
 
 
 def _with_optimizer(values: dict[str, Any], finetuner: type[FineTuner]) -> dict[str, Any]:
@@ -268,7 +276,7 @@ class Grid:
         """--out, or results/<preset>-<hash of what was asked for>."""
         if self.config.out is not None:
             return self.config.out
-        identity = self.config.model_dump(mode="json", exclude={"out", "workers", "device", "keep_images", "timing"})
+        identity = self.config.model_dump(mode="json", exclude=ADDED_LATER)
         return Path("results") / f"{self.config.preset}-{digest([identity, self.fingerprint])[:8]}"
 
     def describe(self, passed: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,18 +17,18 @@ Axis = Literal["queries", "denoiser_rows", "train_seconds"]
 class Quantity(BaseModel):
     """One number per training seed.
 
-    `gain`: score minus the base model's, in base SD. `gradient-norm`: natural logarithm of the median over pictures of a
-    per-step gradient norm. `gradient-growth`: mean change of that logarithm per step towards the noise.
-    `gradient-variance`: natural logarithm of the variance of an arm's gradient at equal denoiser rows, over its squared
-    mean. `seconds` and `memory`: natural logarithm of an iteration's seconds, of the peak MiB (one value per repetition of
-    the timing pass instead of per seed). `diversity`: Vendi score over the base model's.
+    `gain`: score minus the base model's, in base SD. `diversity`: Vendi score over the base model's.
+    `gradient-norm`: natural logarithm of the median over pictures of a per-step gradient norm. `gradient-growth`: mean
+    change of that logarithm per step towards the noise. `gradient-variance`: natural logarithm of the variance of an
+    arm's gradient at equal denoiser rows, over its squared mean. `seconds` and `memory`: natural logarithm of an
+    iteration's seconds, of the peak MiB (one value per repetition of the timing pass instead of per seed).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    of: Literal[
-        "gain", "diversity", "gradient-norm", "gradient-growth", "gradient-variance", "seconds", "memory"
-    ] = "gain"
+    of: Literal["gain", "diversity", "gradient-norm", "gradient-growth", "gradient-variance", "seconds", "memory"] = (
+        "gain"
+    )
     arm: str
     trained_on: str | None = Field(None, description="Training reward; None: the run's first.")
     reward: str | None = Field(None, description="What is scored; None: what was trained on.")

@@ -125,3 +125,21 @@ METRIC_COLUMNS = {
     "value": "float64",
     "n": "int64",
 }
+
+PROBE_COLUMNS = {
+    "cell": "string",
+    "arm": "string",
+    "method": "string",
+    "training_reward": "string",
+    "seed": "int64",
+    "probe": "string",
+    "point": "string",
+    "estimator": "string",
+    "guidance": "float64",
+    "step": "int64",
+    "t": "int64",
+    "prompt_id": "string",
+    "noise_id": "int64",
+    "quantity": "string",
+    "value": "float64",
+}

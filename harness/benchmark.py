@@ -18,7 +18,9 @@ from harness.errors import CellsFailed, UserError
 from harness.executors.local import Event, default_workers, run_cells
 from harness.grid import BASE_CELL, Cell, Grid
 from harness.metrics.drift import root_mean_square
+from harness.mixing import check_mixes, make_mixes
 from harness.provenance import collect
+from harness.variants import missing_variants
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def plan(config: RunConfig) -> Job:
     run_dir = grid.run_directory()
     _refuse_changed(grid, run_dir)
     check_arms(grid)
+    check_mixes(grid)
     pending = tuple(cell for cell in grid.cells if not _is_done(run_dir, cell, grid))
     workers = config.workers or default_workers(config)
     return Job(grid, run_dir, pending, max(1, min(workers, len(pending))))
@@ -62,6 +65,7 @@ def run_benchmark(
             if job.pending
             else {}
         )
+        make_mixes(job.grid, job.run_dir, _noting(job.run_dir))
         for cell in job.grid.cells:
             record_drift(job.run_dir, cell.cell, job.grid)
         if config.timing:
@@ -94,6 +98,15 @@ def _logging(run_dir: Path, on_event: Callable[[Event], None]) -> Callable[[Even
     return handle
 
 
+def _noting(run_dir: Path) -> Callable[[str], None]:
+    def note(detail: str) -> None:
+        store.append_line(
+            run_dir / "log.jsonl", {"time": store.utc_now(), "event": "mix", "cell": "", "detail": detail}
+        )
+
+    return note
+
+
 def _is_done(run_dir: Path, cell: Cell, grid: Grid) -> bool:
     status = store.read_json(run_dir / "cells" / cell.cell / "status.json")
     scored = status.get("evaluation_rewards", {})
@@ -101,6 +114,7 @@ def _is_done(run_dir: Path, cell: Cell, grid: Grid) -> bool:
         status.get("state") in ("completed", "diverged")
         and status.get("training_hash") == cell.training_hash
         and all(scored.get(name) == reward.version for name, reward in grid.rewards.items())
+        and not missing_variants(status, grid.config.variants)
     )
 
 

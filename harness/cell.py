@@ -11,22 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from harness import store
 from harness.api import CostRange, Diverged, Generation, Prompt, Randomness, Request, TrainedFineTuner
 from harness.assembly import assemble, iteration_cost
+from harness.early_stopping import EarlyStopping
 from harness.grid import BASE_CELL, Cell
 from harness.metering import Meter, Tally
 from harness.records import (
     peak_memory_mib,
-    score_missing_rewards,
     score_rows,
     write_final,
     write_metrics,
     write_status,
 )
 from harness.untrained import run_base, run_inference
+from harness.variants import (
+    EARLY_STOPPING,
+    adapter_path,
+    bring_up_to_date,
+    save_parameters,
+    set_parameters,
+    settings_of,
+    variant_rows,
+)
 from harness.workshop import Progress, Workshop
 
 CHECKPOINT_SECONDS = 15.0
@@ -63,7 +71,7 @@ def run_cell(workshop: Workshop, cell: Cell, run_dir: Path, progress: Progress) 
     directory.mkdir(parents=True, exist_ok=True)
     status = store.read_json(directory / "status.json")
     if status.get("state") in ("completed", "diverged") and status.get("training_hash") == cell.training_hash:
-        score_missing_rewards(workshop.evaluator, cell, directory, status)
+        bring_up_to_date(workshop, cell, directory, status)
         return str(status["state"])
     for name in ("status.json", "error.txt"):  # of an attempt that crashed
         (directory / name).unlink(missing_ok=True)
@@ -89,6 +97,12 @@ class CellRun:
         assert isinstance(tuner, TrainedFineTuner)
         self.tuner, self.tally = tuner, Tally(self.meter)
         self.points = sorted(p for p in self.config.budget.curve_points if p < self.config.budget.amount)
+        self.variants: dict[str, dict[str, Any]] = {}
+        self.early_stopping = (
+            EarlyStopping(workshop.evaluator, self.config.early_stopping, grid.suite.split("validation"))
+            if self.config.early_stopping
+            else None
+        )
 
     def run(self) -> str:
         """Train until the budget is spent, evaluating on the way, then evaluate the end."""
@@ -111,6 +125,7 @@ class CellRun:
             self.workshop.evaluator,
             "training",
             self.generation,
+            self.variants,
         )
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
         shutil.rmtree(self.directory / "points", ignore_errors=True)
@@ -138,7 +153,7 @@ class CellRun:
             try:
                 metrics = tuner.iterate(requests)
             except Diverged as error:
-                self._set_adapter(before)
+                set_parameters(self.workshop.model, before)
                 return "diverged", f"{error} (iteration {self.spent.iterations + 1})"
             seconds = time.perf_counter() - clock
             self.spent.iterations += 1
@@ -181,10 +196,6 @@ class CellRun:
     def _adapter_state(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in self.workshop.model.adapter_parameters().items()}
 
-    def _set_adapter(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.workshop.model.adapter_parameters().items():
-            parameter.data.copy_(state[name])
-
     def _save_checkpoint(self) -> None:
         buffer = io.BytesIO()
         content = {
@@ -195,6 +206,7 @@ class CellRun:
             "spent": asdict(self.spent),
             "started": self.started,
             "ended": [self.state, self.reason],
+            "early_stopping": self.early_stopping.state_dict() if self.early_stopping else {},
         }
         torch.save(content, buffer)
         store.write_bytes(self.directory / "checkpoint.pt", buffer.getvalue())
@@ -204,12 +216,14 @@ class CellRun:
         if path.exists():
             content = torch.load(path, map_location=self.workshop.model.device, weights_only=True)
             if content["training_hash"] == self.cell.training_hash:
-                self._set_adapter(content["adapter"])
+                set_parameters(self.workshop.model, content["adapter"])
                 self.tuner.load_state_dict(content["tuner"])
                 self.meter.add(**content["cost"])
                 self.spent = Spent(**content["spent"])
                 self.started = content["started"]
                 self.state, self.reason = content["ended"]
+                if self.early_stopping:
+                    self.early_stopping.load_state_dict(content["early_stopping"])
         store.cut_back(self.directory / "updates.jsonl", self.spent.iterations)
 
     # --------------------------------------------------------------- evaluation
@@ -248,6 +262,7 @@ class CellRun:
         evaluated = evaluator.curve_requests()
         pictures, _ = evaluator.pictures(self._generate, [e.request for e in evaluated])
         rows = score_rows(self._identity(), self._position(), f"{due[-1]:g}", evaluator.score(pictures, evaluated))
+        self._consider_stopping(f"{due[-1]:g}")
         self.spent.evaluate_seconds += time.perf_counter() - clock
         store.write_parquet(path, rows, store.SCORE_COLUMNS)
         self._save_checkpoint()
@@ -263,19 +278,41 @@ class CellRun:
         self.tally = Tally(self.meter)
         pictures, latents = evaluator.pictures(self._generate, [e.request for e in evaluated], report)
         self.generation = self.tally.per_picture()
-        own = self._own_sampler_rows()
         position = self._position()
         keep = self.workshop.keep_images
+        self.workshop.model.save_adapter(self.directory / "adapter")
+        save_parameters(adapter_path(self.directory), self._adapter_state())
+        diversity = evaluator.diversity(self._generate)
+        rows = [*self._own_sampler_rows(), *self._variant_rows()]
         write_final(
-            evaluator, self.directory, self._identity(), position, evaluated, pictures, latents, own, keep_images=keep
+            evaluator, self.directory, self._identity(), position, evaluated, pictures, latents, rows, keep_images=keep
         )
-        write_metrics(self.directory, self._identity(), evaluator.diversity(self._generate))
-        adapter = self.directory / "adapter"
-        self.workshop.model.save_adapter(adapter)
-        parameters = {name: tensor.cpu().contiguous() for name, tensor in self._adapter_state().items()}
-        store.write_bytes(adapter / "parameters.safetensors", save(parameters))
+        write_metrics(self.directory, self._identity(), diversity)
         self.spent.evaluate_seconds += time.perf_counter() - clock
         self._report("evaluate", "done", 1.0)
+
+    def _consider_stopping(self, point: str) -> None:
+        if self.early_stopping:
+            state = self._adapter_state()
+            self.early_stopping.consider(self._generate, state, self._identity(), self._position(), point)
+
+    def _variant_rows(self) -> list[dict[str, Any]]:
+        """Scores of the run's variants; that of early stopping comes last, since it puts an earlier adapter back."""
+        evaluator, model, rows = self.workshop.evaluator, self.workshop.model, []
+        for variant in self.config.variants:
+            self.variants[variant.label] = settings_of(variant)
+            rows += variant_rows(
+                evaluator, model, variant.label, settings_of(variant), self._identity(), self._position()
+            )
+        if self.early_stopping:
+            self._consider_stopping("final")
+            best = self.early_stopping.best
+            save_parameters(adapter_path(self.directory, EARLY_STOPPING), best["adapter"])
+            set_parameters(model, best["adapter"])
+            self.variants[EARLY_STOPPING] = {}
+            rows += variant_rows(evaluator, model, EARLY_STOPPING, {}, self._identity(), best["position"])
+            rows += self.early_stopping.rows
+        return rows
 
     def _own_sampler_rows(self) -> list[dict[str, Any]]:
         """Scores with the sampler that the method was trained with, adapter on and off, where it is not the run's.

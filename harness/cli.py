@@ -37,6 +37,8 @@ def run(
     preset: Annotated[str, typer.Option(help="Named settings; see `list presets`.")] = "",
     budget: Annotated[str, typer.Option(help="What a cell may spend: queries=256, iterations=64 ...")] = "",
     reference: Annotated[str, typer.Option(help="Arm that the others are compared with; default: the first.")] = "",
+    lora_scale: Annotated[str, typer.Option(help="Evaluate trained adapters at these strengths, too: 0.5,0.75.")] = "",
+    lora_steps: Annotated[str, typer.Option(help="... and acting in the last steps only: 3,5.")] = "",
     eval_latents: Annotated[int, typer.Option(help="Pictures per evaluation prompt.", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory of the run; default: results/<preset>-<hash>.")] = None,
     workers: Annotated[int, typer.Option(help="Processes; default: one per core or GPU.", min=0)] = 0,
@@ -50,7 +52,16 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid and its cost; run nothing.")] = False,
 ) -> None:
     """Run a grid of (method, reward, seed) cells, or what is missing of it, and write its report."""
-    from harness.config import load_yaml, merge, parse_arm, parse_budget, parse_seeds, parse_set, resolve
+    from harness.config import (
+        load_yaml,
+        merge,
+        parse_arm,
+        parse_budget,
+        parse_seeds,
+        parse_set,
+        parse_variants,
+        resolve,
+    )
 
     passed: dict[str, Any] = load_yaml(config, "configuration") if config else {}
     simple = {
@@ -70,6 +81,8 @@ def run(
         flags["budget"] = parse_budget(budget)
     if eval_latents:
         flags["evaluation"] = {"latents": eval_latents}
+    if lora_scale or lora_steps:
+        flags["variants"] = parse_variants(lora_scale, lora_steps)
     if out:
         flags["out"] = str(out)
     passed = merge(merge(passed, flags), parse_set(set_ or []))
@@ -103,6 +116,45 @@ def report(
     from harness.report.build import build_report
 
     typer.echo(f"Report: {build_report(directory, out)}")
+
+
+@app.command()
+def mix(
+    directory: Annotated[Path, typer.Argument(help="Directory of a run that trained on the rewards to mix.")],
+    weights: Annotated[str, typer.Option(help="Weight of each reward's adapter: emoji-3d=0.5,emoji-clip=0.5")],
+    arm: Annotated[
+        str | None, typer.Option(help="Whose adapters; default: the only trained arm, else the reference.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the mixed adapter; default: the run's.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Mix adapters that a run trained on several rewards into one adapter, and score it.
+
+    After  run --methods draft-k --rewards emoji-3d,emoji-clip:
+
+    python -m harness mix results/RUN --weights emoji-3d=0.5,emoji-clip=0.5
+
+    Mixed is the weighted sum of the products B A, seed by seed; at a rank below the sum of the adapters' ranks it is
+    the nearest adapter, and how far it is off is the error shown. Any finite weights do: one alone scales an adapter.
+    Writes DIRECTORY/mixes/<arm>--<weights>--rank<r>/: an adapter for each seed, which load_lora_weights of diffusers
+    reads, and scores on the run's held-out prompts. The same command again does only what is missing.
+    See docs/mixing.md.
+    """
+    from harness.config import MixConfig
+
+    _require_run(directory)
+
+    from harness import mixing, store
+    from harness.benchmark import plan
+
+    stored = store.read_json(directory / "run.json")
+    wanted = MixConfig(arm=mixing.pick_arm(stored, arm), weights=mixing.parse_weights(weights), rank=rank)
+    chosen = mixing.resolve_mix(wanted, stored)
+    with store.lock(directory):
+        job = plan(mixing.config_of(stored, directory, device))
+        made = mixing.make_mix(job.grid, directory, chosen, typer.echo)
+    for line in mixing.summary(directory, made):
+        typer.echo(line)
 
 
 @app.command()

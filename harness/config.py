@@ -114,11 +114,22 @@ class VariantConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    label: str
     lora_scale: float = Field(1.0, ge=0, allow_inf_nan=False, description="Strength of the adapter; 0 is the base.")
     lora_steps: int | None = Field(
         None, ge=0, description="The adapter acts in the last this many sampling steps only; None: in all."
     )
+
+    @property
+    def label(self) -> str:
+        """`lora-scale=0.5`, `lora-steps=4` or both: a label says all of a variant."""
+        scale = [f"lora-scale={self.lora_scale:g}"] if self.lora_scale != 1 else []
+        return " ".join(scale + ([] if self.lora_steps is None else [f"lora-steps={self.lora_steps}"]))
+
+    @model_validator(mode="after")
+    def _differs(self) -> VariantConfig:
+        if not self.label:
+            raise ValueError("a variant needs a lora_scale other than 1, or lora_steps")
+        return self
 
 
 class EarlyStoppingConfig(BaseModel):
@@ -192,6 +203,11 @@ class RunConfig(BaseModel):
     keep_images: Literal["final", "none"] = "final"
     timing: bool = Field(True, description="Time each arm alone in a fresh process, for the cost table.")
 
+    @field_validator("variants")
+    @classmethod
+    def _each_once(cls, variants: tuple[VariantConfig, ...]) -> tuple[VariantConfig, ...]:
+        return tuple({variant.label: variant for variant in variants}.values())
+
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -263,6 +279,19 @@ def parse_budget(text: str) -> dict[str, Any]:
         return {"unit": unit, "amount": float(amount)}
     except ValueError:
         raise UserError(f"--budget {text!r} is not understood: write queries=256, iterations=64 ...") from None
+
+
+def parse_variants(scales: str, steps: str) -> list[dict[str, Any]]:
+    """`0.5,0.75` and `3,5`: one variant each.
+
+    Raises:
+        UserError: Not numbers.
+    """
+    try:
+        found: list[dict[str, Any]] = [{"lora_scale": float(word)} for word in scales.split(",") if word.strip()]
+        return found + [{"lora_steps": int(word)} for word in steps.split(",") if word.strip()]
+    except ValueError:
+        raise UserError(f"--lora-scale {scales!r} --lora-steps {steps!r}: write numbers, as 0.5,0.75 and 3,5") from None
 
 
 RUN_SECTIONS = ("sampler", "adapter", "budget", "evaluation")

@@ -95,6 +95,10 @@ class Evaluator:
         """The last split (held-out) with the curve's latents: a subset of the final requests."""
         return self._requests([list(self.splits)[-1]], min(self.config.curve_latents, self.config.latents))
 
+    def variant_requests(self) -> list[Evaluated]:
+        """The last split (held-out) with all latents: a subset of the final requests."""
+        return self._requests([list(self.splits)[-1]], self.config.latents)
+
     def own_sampler_requests(self) -> list[Evaluated]:
         """The last split (held-out) with one latent."""
         return self._requests([list(self.splits)[-1]], 1)

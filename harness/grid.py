@@ -172,6 +172,7 @@ class Grid:
             name: load_reward(name) for name in dict.fromkeys([*trained_on, *reward_names(self.source.family)])
         }
         self._check_rewards(trained_on)
+        self._check_variants()
         self.model = model or load_model(self.source, pick_device(config.device), pick_dtype(config), config.revision)
         self.evaluated: dict[str, tuple[Prompt, ...]] = {
             split: self.suite.split(split)[: config.evaluation.prompts[split]]
@@ -191,6 +192,24 @@ class Grid:
                         f"{arm.method} needs the reward's gradient, and {name} has none; "
                         "take a policy-gradient method such as ddpo, or a differentiable reward"
                     )
+
+    def _check_variants(self) -> None:
+        steps, stopping = self.config.sampler.steps, self.config.early_stopping
+        for variant in self.config.variants:
+            if variant.lora_steps is not None and variant.lora_steps > steps:
+                raise UserError(f"{variant.label} exceeds the {steps} steps of the run's sampler; lower it")
+        if stopping is None:
+            return
+        for _, name in parse_reward(stopping.reward):
+            if name not in self.rewards:
+                raise UserError(
+                    f"early_stopping.reward: {name!r} scores nothing in this run; {nearest(name, list(self.rewards))}"
+                )
+        if not self.suite.split("validation"):
+            raise UserError(
+                f"early stopping needs validation prompts, and the suite {self.suite.name} has none; give a .jsonl "
+                "with 'split': 'validation' (docs/adding-a-suite.md), or leave early stopping out"
+            )
 
     def training_identity(self, arm: Arm, expression: str, seed: int) -> dict[str, Any]:
         """Everything that a trained adapter depends on, or the pictures of a method that trains none."""
@@ -214,7 +233,9 @@ class Grid:
 
     def evaluation_identity(self) -> dict[str, Any]:
         """Everything that scores depend on beyond the adapter."""
+        stopping = self.config.early_stopping
         return {
+            **({"early_stopping": stopping.model_dump()} if stopping else {}),
             "engine": harness.__version__,
             "sampler": self.config.sampler.model_dump(),
             "evaluation": self.config.evaluation.model_dump(mode="json"),

@@ -17,6 +17,8 @@ from harness import store
 from harness.evaluation import Evaluated, Evaluator, Pictures, Score, load_pictures, save_pictures, to_8_bit
 from harness.grid import Cell
 
+POSITION = ("iteration", "queries", "denoiser_rows", "train_seconds")
+
 
 def score_rows(
     identity: Mapping[str, Any],
@@ -87,6 +89,7 @@ def write_status(
     evaluator: Evaluator,
     kind: str,
     generation_cost: Mapping[str, float],
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write status.json, which says that the cell has ended; the last file of a cell."""
     store.write_json(
@@ -103,31 +106,24 @@ def write_status(
             "training_hash": cell.training_hash,
             "evaluation_hash": cell.evaluation_hash,
             "evaluation_rewards": {name: r.version for name, r in evaluator.rewards.items()},
+            "variants": {label: dict(settings) for label, settings in (variants or {}).items()},
             "started": started,
             "finished": store.utc_now(),
         },
     )
 
 
-def score_missing_rewards(evaluator: Evaluator, cell: Cell, directory: Path, status: dict[str, Any]) -> None:
-    """Score the stored pictures with rewards that were added since; nothing is generated or trained again."""
-    known = status.get("evaluation_rewards", {})
-    missing = [name for name in evaluator.rewards if name not in known]
-    if not missing:
-        return
+def scores_of_missing_rewards(
+    evaluator: Evaluator,
+    directory: Path,
+    identity: Mapping[str, Any],
+    position: Mapping[str, Any],
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Rows of rewards that were added since a cell ended, from its stored pictures; nothing is generated again."""
     evaluated = evaluator.final_requests()
-    scores = evaluator.score(_stored_pictures(evaluator, directory, evaluated), evaluated, missing)
-    old = pd.read_parquet(directory / "scores.parquet")
-    first = old[old["point"] == "final"].iloc[0].to_dict()
-    shared = {key: first[key] for key in store.SCORE_COLUMNS if key in first}
-    rows = score_rows(
-        shared, {k: first[k] for k in ("iteration", "queries", "denoiser_rows", "train_seconds")}, "final", scores
-    )
-    store.write_parquet(directory / "scores.parquet", [*old.to_dict("records"), *rows], store.SCORE_COLUMNS)
-    versions = {**known, **{name: evaluator.rewards[name].version for name in missing}}
-    store.write_json(
-        directory / "status.json", {**status, "evaluation_hash": cell.evaluation_hash, "evaluation_rewards": versions}
-    )
+    scores = evaluator.score(_stored_pictures(evaluator, directory, evaluated), evaluated, names)
+    return score_rows(identity, position, "final", scores)
 
 
 @torch.no_grad()

@@ -78,6 +78,8 @@ def main(folder: Path, plugins: Path) -> None:
     changes = {
         "rewards": [f"{plugins}:Brightness"],
         "settings": {"draft": {"learning_rate": 0.3}},
+        "variants": [{"lora_scale": 0.5}],
+        "early_stopping": {"reward": f"{plugins}:Brightness", "prompts": 1, "latents": 1},
         "evaluation": {"prompts": {"training": 1, "held-out": 2}, "diversity_prompts": 1, "diversity_latents": 2},
     }
     grid = Grid(resolve(settings(plugins, folder / "reference", **changes)))

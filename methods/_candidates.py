@@ -9,11 +9,16 @@ from torch import Tensor
 from harness.api import DiffusionModel, Randomness, Request
 
 
-def candidate(request: Request, index: int, model: DiffusionModel, draws: Randomness) -> Request:
-    """The index-th picture of a request: the request itself, then others with latents and ids of their own."""
+def candidate(
+    request: Request, index: int, model: DiffusionModel, draws: Randomness, purpose: str = "candidate"
+) -> Request:
+    """The index-th picture of a request: the request itself, then others whose latents and ids its own ids give.
+
+    The id gives them other noise of the steps, too, where the sampler has some.
+    """
     if index == 0:
         return request
-    keys = ("candidate", request.prompt.id, request.noise_id, index)
+    keys = (purpose, request.prompt.id, request.noise_id, index)
     return Request(request.prompt, draws.integer(*keys, "id"), draws.normal(model.latent_shape, *keys))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from harness.api import BASE, Context, CostRange, DiffusionModel, Request, Reward
 from harness.sampling import Transition, log_probability
+from methods._candidates import candidate
 from methods._rollouts import Rollout, RolloutConfig, RolloutTuner
 
 
@@ -157,12 +158,8 @@ class PolicyGradientTuner(RolloutTuner[ConfigT], Generic[ConfigT]):
 
     def group(self, request: Request) -> list[Request]:
         """The request itself, then the others of its group, whose ids and initial latents its own ids give."""
-        pictures, draws = [request], self.context.randomness
-        for member in range(1, self.group_size):
-            keys = ("group", request.prompt.id, request.noise_id, member)
-            noise = draws.normal(self.model.latent_shape, *keys)
-            pictures.append(Request(request.prompt, draws.integer(*keys, "id"), noise))
-        return pictures
+        draws = self.context.randomness
+        return [candidate(request, member, self.model, draws, "group") for member in range(self.group_size)]
 
     def update(self, rollouts: Sequence[Rollout], advantages: Tensor) -> dict[str, float]:
         """One optimiser step on the mean surrogate over rollouts and actions, less the weighted KL."""

@@ -29,10 +29,10 @@ from harness.api import (
     Randomness,
     Request,
     Reward,
-    TrainedFineTuner,
     UserError,
 )
 from harness.sampling import initial_latents, sample, schedule, step_noise
+from methods._state import OptimizerState
 
 
 class RewardGradientConfig(MethodConfig):
@@ -61,7 +61,7 @@ class Objective:
 ConfigT = TypeVar("ConfigT", bound=RewardGradientConfig)
 
 
-class RewardGradientTuner(TrainedFineTuner, Generic[ConfigT]):
+class RewardGradientTuner(OptimizerState, Generic[ConfigT]):
     """Ascend the gradient of the reward of generated pictures. Subclasses say how, in `objective`."""
 
     def __init__(self, model: DiffusionModel, reward: Reward, config: ConfigT, context: Context) -> None:
@@ -169,11 +169,3 @@ class RewardGradientTuner(TrainedFineTuner, Generic[ConfigT]):
         """Cost of an iteration that is costs[i] with a probability proportional to weights[i]."""
         expected = sum((c * w for c, w in zip(costs, weights, strict=True)), Cost()) * (1 / sum(weights))
         return CostRange(expected, Cost(*map(max, zip(*map(astuple, costs), strict=True))))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimiser's moments."""
-        return {"optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the optimiser's moments."""
-        self.optimizer.load_state_dict(state["optimizer"])

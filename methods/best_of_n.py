@@ -15,6 +15,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from harness.api import MethodConfig, Request
+from methods._candidates import candidate
 from methods._selection import SelectionTuner
 
 
@@ -38,9 +39,5 @@ class BestOfN(SelectionTuner[BestOfNConfig]):
         return self.config.n
 
     def candidate(self, request: Request, index: int) -> Request:
-        """Another initial latent and, through its id, other noise of the steps where the sampler has some."""
-        if index == 0:
-            return request
-        keys = ("candidate", request.prompt.id, request.noise_id, index)
-        draws = self.context.randomness
-        return Request(request.prompt, draws.integer(*keys, "id"), draws.normal(self.model.latent_shape, *keys))
+        """Another initial latent."""
+        return candidate(request, index, self.model, self.context.randomness)

@@ -105,11 +105,11 @@ def _norms(
             noise=evaluation_noise(model, [request]),
             observe=observe,
         )
-        score = reward(model.decode(x_0), [request.prompt])
+        score = reward(model.decode(x_0), [request.prompt]).sum()
     if not score.requires_grad:
         raise UserError(f"{reward.name} has no gradient to measure; train on another reward, or leave the probe out")
     wanted = [*latents, *(tensor for copy in copies for tensor in copy.values())]
-    found = iter(torch.autograd.grad(score.sum(), wanted))
+    found = iter(torch.autograd.grad(score, wanted))
     by_latents = [next(found) for _ in latents]
     by_adapter = [torch.cat([next(found).double().flatten() for _ in copy]) for copy in copies]
     rows, total = [], torch.zeros_like(by_adapter[0])

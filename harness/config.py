@@ -379,6 +379,28 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
 
 
+EMBEDDED_MODEL = "emoji"
+
+
+def preset_settings(name: str, model: str) -> dict[str, Any]:
+    """The settings of a preset for a model.
+
+    An experiment that serves the embedded model and others alike has three further keys: `extends` names the preset it
+    builds on for each (`emoji` or `other`), and below `emoji` and `other` stands what only the one or the others get.
+
+    Raises:
+        UserError: There is no such preset.
+    """
+    known = presets()
+    if name not in known:
+        raise UserError(f"there is no preset {name!r}; {nearest(name, list(known))}")
+    own = {key: value for key, value in load_yaml(known[name], "preset").items() if key != "description"}
+    kind = "emoji" if model == EMBEDDED_MODEL else "other"
+    extends, special = own.pop("extends", {}), {key: own.pop(key, {}) for key in ("emoji", "other")}
+    base = preset_settings(extends[kind], model) if extends else {}
+    return merge(merge(base, own), special[kind])
+
+
 def resolve(passed: Mapping[str, Any]) -> RunConfig:
     """Defaults, then the preset, then what was passed.
 
@@ -386,10 +408,7 @@ def resolve(passed: Mapping[str, Any]) -> RunConfig:
         UserError: An unknown preset or setting, or a value out of range; names what and what would be right.
     """
     name = str(passed.get("preset", "quick"))
-    known = presets()
-    if name not in known:
-        raise UserError(f"there is no preset {name!r}; {nearest(name, list(known))}")
-    preset = {key: value for key, value in load_yaml(known[name], "preset").items() if key != "description"}
+    preset = preset_settings(name, str(passed.get("model", EMBEDDED_MODEL)))
     try:
         return RunConfig.model_validate(merge({**preset, "preset": name}, passed))
     except ValidationError as error:

@@ -41,6 +41,7 @@ class Quantity(BaseModel):
     guidance: float | None = Field(None, description="Of a probe; None: the run's.")
     norm: Literal["latents", "adapter"] = Field("adapter", description="Gradient by the latents or by the adapter.")
     step: int | None = Field(None, description="Sampling step of a gradient norm, from 0; None: all steps together.")
+    times: float = Field(1.0, description="Factor on it.")
     at: str | None = Field(None, description="Arm whose weights a gradient variance is measured at; None: the arm.")
 
 

@@ -156,17 +156,24 @@ class Gains:
         return bool((self._base["reward"] == reward).any())
 
     def final(
-        self, arm: str, training_reward: str, reward: str, *, split: str = HELD_OUT, variant: str = DEFAULT_VARIANT
+        self,
+        arm: str,
+        training_reward: str,
+        reward: str,
+        *,
+        split: str = HELD_OUT,
+        variant: str = DEFAULT_VARIANT,
+        point: str = FINAL,
     ) -> Gain:
-        """The gain at the end of the budget."""
-        key = (variant, arm, training_reward, reward, split)
+        """The gain at the end of the budget, or at another point of the curve (on that point's pictures)."""
+        key = (variant, arm, training_reward, reward, split, point)
         if key not in self._finals:
             self._finals[key] = self._final(*key)
         return self._finals[key]
 
-    def _final(self, variant: str, arm: str, training_reward: str, reward: str, split: str) -> Gain:
+    def _final(self, variant: str, arm: str, training_reward: str, reward: str, split: str, point: str) -> Gain:
         rows = self._rows(variant, arm, training_reward, reward, split)
-        rows = rows[rows["point"] == FINAL]
+        rows = rows[rows["point"] == point]
         scores = _arrange(rows, "gain")
         by_seed = dict(zip(scores.seeds, scores.means, strict=True))
         cells = self.run.cells_of(arm, training_reward)

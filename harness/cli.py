@@ -146,6 +146,7 @@ def mix(
 
     from harness import mixing, store
     from harness.benchmark import plan
+    from harness.report.mixes import summary
 
     stored = store.read_json(directory / "run.json")
     wanted = MixConfig(arm=mixing.pick_arm(stored, arm), weights=mixing.parse_weights(weights), rank=rank)
@@ -153,7 +154,8 @@ def mix(
     with store.lock(directory):
         job = plan(mixing.config_of(stored, directory, device))
         made = mixing.make_mix(job.grid, directory, chosen, typer.echo)
-    for line in mixing.summary(directory, made):
+    typer.echo()
+    for line in summary(directory, made.name):
         typer.echo(line)
 
 

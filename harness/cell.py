@@ -18,6 +18,7 @@ from harness.assembly import assemble, iteration_cost
 from harness.early_stopping import EarlyStopping
 from harness.grid import BASE_CELL, Cell
 from harness.metering import Meter, Tally
+from harness.probe_points import END, MIDDLE, START, ProbePoints
 from harness.records import (
     peak_memory_mib,
     score_rows,
@@ -97,6 +98,7 @@ class CellRun:
         assert isinstance(tuner, TrainedFineTuner)
         self.tuner, self.tally = tuner, Tally(self.meter)
         self.points = sorted(p for p in self.config.budget.curve_points if p < self.config.budget.amount)
+        self.probes = ProbePoints(workshop, cell, directory)
         self.variants: dict[str, dict[str, Any]] = {}
         self.early_stopping = (
             EarlyStopping(workshop.evaluator, self.config.early_stopping, grid.suite.split("validation"))
@@ -128,7 +130,8 @@ class CellRun:
             self.variants,
         )
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
-        shutil.rmtree(self.directory / "points", ignore_errors=True)
+        for name in ("points", "probes"):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
         return self.state
 
     # ---------------------------------------------------------------- training
@@ -146,6 +149,8 @@ class CellRun:
         shape = self.workshop.model.latent_shape
         stream = request_stream(prompts, shape, self.cell.seed, start=self.spent.iterations * size)
         saved = time.perf_counter()
+        if not self.spent.iterations:
+            self.probes.take(START, self._identity())
         self._evaluate_point_if_due()
         while self._affordable(planned):
             requests = [next(stream) for _ in range(size)]
@@ -161,6 +166,8 @@ class CellRun:
             self._log(metrics, seconds)
             self._report("train", f"reward {metrics.get('reward', float('nan')):.3g}")
             self._evaluate_point_if_due()
+            if self._used() >= self.config.budget.amount / 2:
+                self.probes.take(MIDDLE, self._identity())
             if time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 self._save_checkpoint()
                 saved = time.perf_counter()
@@ -264,8 +271,9 @@ class CellRun:
         rows = score_rows(self._identity(), self._position(), f"{due[-1]:g}", evaluator.score(pictures, evaluated))
         self._consider_stopping(f"{due[-1]:g}")
         self.spent.evaluate_seconds += time.perf_counter() - clock
-        store.write_parquet(path, rows, store.SCORE_COLUMNS)
+        # In this order: a point that is there is in the checkpoint, too, with what early stopping made of it.
         self._save_checkpoint()
+        store.write_parquet(path, rows, store.SCORE_COLUMNS)
 
     def _evaluate_end(self) -> None:
         clock = time.perf_counter()
@@ -283,6 +291,8 @@ class CellRun:
         self.workshop.model.save_adapter(self.directory / "adapter")
         save_parameters(adapter_path(self.directory), self._adapter_state())
         diversity = evaluator.diversity(self._generate)
+        self.probes.take(END, self._identity())
+        self.probes.collect()
         rows = [*self._own_sampler_rows(), *self._variant_rows()]
         write_final(
             evaluator, self.directory, self._identity(), position, evaluated, pictures, latents, rows, keep_images=keep

@@ -49,7 +49,7 @@ class EarlyStopping:
         position: Mapping[str, Any],
         point: str,
     ) -> None:
-        """Judge the model as it is now, and keep its adapter if it is the best yet.
+        """Judge the model as it is now, and keep its adapter if it is the best yet; a known point is left alone.
 
         Args:
             generate: The method's generation of pictures.
@@ -58,6 +58,8 @@ class EarlyStopping:
             position: Where its training stands.
             point: Of the curve, for the records.
         """
+        if any(row["point"] == point for row in self._rows):
+            return
         pictures, _ = self._evaluator.pictures(generate, [e.request for e in self._evaluated])
         names = list(dict.fromkeys(name for _, name in self._terms))
         scores = self._evaluator.score(pictures, self._evaluated, names)

@@ -236,6 +236,7 @@ class Grid:
         stopping = self.config.early_stopping
         return {
             **({"early_stopping": stopping.model_dump()} if stopping else {}),
+            **({"probes": list(self.config.probes)} if self.config.probes else {}),
             "engine": harness.__version__,
             "sampler": self.config.sampler.model_dump(),
             "evaluation": self.config.evaluation.model_dump(mode="json"),

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from harness.report import account, narrative, tables
+from harness.report import account, findings, gradient_tables, mixes, narrative, tables, uses
 from harness.report import formatting as f
 from harness.report.analysis import Analysis, analyse
 from harness.report.captions import Drawn
@@ -107,7 +107,14 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "forest": figures.forest,
         "how_to_read": narrative.how_to_read(analysis),
         "sections": sections,
-        "own_sampler": tables.own_sampler(analysis),
+        "claims": findings.sections(analysis),
+        "own_sampler": uses.own_sampler(analysis),
+        "variants": uses.variants(analysis),
+        "mixes": mixes.mixes_table(analysis, run.mixed, run.mixes) if run.mixes else None,
+        "partings": uses.partings(analysis),
+        "gradients": figures.gradients,
+        "gradient_norms": _probe_table(analysis, "gradient-norms"),
+        "gradient_variance": _probe_table(analysis, "gradient-variance"),
         "curves": figures.curves,
         "matrix": figures.matrix,
         "generalisation": tables.generalisation(analysis),
@@ -126,6 +133,15 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "cells": account.cells(run),
         "raw": tables.raw_p([*analysis.primary, *every]),
     }
+
+
+def _probe_table(analysis: Analysis, probe: str) -> Table | None:
+    """What a probe measured on the first training reward; None where it did not run."""
+    run = analysis.run
+    if not len(run.probes) or not (run.probes["probe"] == probe).any():
+        return None
+    make = gradient_tables.norms_table if probe == "gradient-norms" else gradient_tables.variance_table
+    return make(run.probes, run.arms, run.training_rewards[0], f"table-{probe}")
 
 
 def _title(analysis: Analysis) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from harness.report.analysis import Analysis
 from harness.report.captions import Drawn
 from harness.report.forest import forest
+from harness.report.gradients import norms_figure
 from harness.report.heatmap import heatmap
 from harness.report.learning_curves import learning_curves
 from harness.report.pictures import picture_grid
@@ -27,11 +28,12 @@ class Figures:
     tradeoffs: Drawn | None
     pictures: tuple[Drawn, ...]
     pictured: tuple[str, ...]
+    gradients: Drawn | None
 
     @property
     def every(self) -> tuple[Drawn, ...]:
         """All figures there are."""
-        single = (self.forest, self.curves, self.matrix, self.tradeoffs)
+        single = (self.forest, self.curves, self.matrix, self.tradeoffs, self.gradients)
         return (*(figure for figure in single if figure is not None), *self.pictures)
 
 
@@ -49,4 +51,5 @@ def draw(analysis: Analysis) -> Figures:
         tradeoffs(analysis, "fig-04-tradeoffs"),
         tuple(kept.values()),
         tuple(kept),
+        norms_figure(analysis.run.probes, analysis.run.arms, rewards[0], "fig-06-gradients"),
     )

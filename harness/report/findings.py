@@ -130,15 +130,16 @@ def quantity_values(analysis: Analysis, q: Quantity, amount: float = math.nan) -
             return log_relative_variance(run.probes, q.arm, at_arm=at, training_reward=trained, point=point)
         case "seconds" | "memory":
             name = "seconds_per_iteration" if q.of == "seconds" else "peak_memory_mib"
-            repeated = run.timing.get(q.arm, {}).get("repetitions", [])
+            repeated: list[Mapping[str, float]] = run.timing.get(q.arm, {}).get("repetitions", [])
             return {i: math.log(once[name]) for i, once in enumerate(repeated) if name in once}
         case "diversity":
-            values = gains.metric(q.arm, trained, DIVERSITY) / gains.base_metric(DIVERSITY)
-            return dict(zip((cell.seed for cell in run.cells_of(q.arm, trained)), values.tolist(), strict=True))
+            ratios = gains.metric(q.arm, trained, DIVERSITY) / gains.base_metric(DIVERSITY)
+            return dict(zip((cell.seed for cell in run.cells_of(q.arm, trained)), ratios.tolist(), strict=True))
         case "gain":
             pass
     if q.variant == MIX:
-        return mix_gain(run.mixes, gains, q.arm, trained, reward)
+        mix = next((m for m in run.mixes if (m["arm"], m["training_reward"]) == (q.arm, trained)), None)
+        return mix_gain(gains, run.mixed, mix, reward) if mix else {}
     seeds = [cell.seed for cell in run.cells_of(q.arm, trained)]
     if q.variant == OWN_SAMPLER:
         values = standardised(gains.own_sampler(q.arm, trained, reward), gains.sd(reward))

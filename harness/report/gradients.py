@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from harness.errors import UserError
 from harness.report import formatting as f
@@ -26,7 +26,7 @@ Unit = Literal["requests", "rows", "queries"]
 NORMS, VARIANCE = "gradient-norms", "gradient-variance"
 POINTS = ("start", "middle", "end")
 TOTAL = "norm-adapter-total"
-DRAWN = {"norm-adapter": "||dr/dθ||, θ in that step alone", "norm-latents": "||dr/dx||, x entering the step"}
+DRAWN = {"norm-adapter": "‖dr/dθ‖, θ in this step", "norm-latents": "‖dr/dx‖, x entering it"}
 KEYS = ["training_reward", "arm", "point", "guidance", "quantity", "seed", "step", "t"]
 NAN = float("nan")
 
@@ -206,9 +206,9 @@ def norms_figure(probes: pd.DataFrame, arms: Sequence[str], training_reward: str
         mine = data[(data["quantity"] == quantity) & (data["guidance"] == guidance)]
         for axes, point in zip(row, points, strict=True):
             _panel(axes, mine[mine["point"] == point], look)
-        # Bands of few seeds are wide: the lines set the scale.
-        _scale(row[0], mine["mean"])
-        row[0].set_ylabel(f"{DRAWN[quantity]}\n{guidance_text(guidance)}", fontsize=7.5)
+        # Bands of few seeds are wide: the lines set the scale, one for all guidances.
+        _scale(row[0], data.loc[data["quantity"] == quantity, "mean"])
+        row[0].set_ylabel(f"{DRAWN[quantity]}\n{guidance_text(guidance)}")
     for axes, point in zip(grid[0], points, strict=True):
         axes.set_title(f"{point} of training")
     for axes in grid[-1]:
@@ -242,10 +242,11 @@ def norm_rows(probes: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
 def _panel(axes: Axes, rows: pd.DataFrame, look: dict[str, Look]) -> None:
     axes.grid(axis="both", which="major")
     axes.set_yscale("log")
+    shade = 0.15 if rows["arm"].nunique() <= 3 else 0.08
     for arm, mine in rows.groupby("arm", sort=False):
         line = mine.drop_duplicates("step").sort_values("step")
         drawn, steps = look[str(arm)], line["step"]
-        axes.fill_between(steps, line["low"], line["high"], color=drawn.colour, alpha=0.12, linewidth=0)
+        axes.fill_between(steps, line["low"], line["high"], color=drawn.colour, alpha=shade, linewidth=0)
         axes.plot(
             steps, line["mean"], drawn.line, color=drawn.colour, marker=drawn.marker, markersize=4,
             markeredgecolor="white", markeredgewidth=0.5, linewidth=1.5, markevery=max(1, len(steps) // 10),
@@ -257,12 +258,13 @@ def _scale(axes: Axes, heights: pd.Series) -> None:
     shown = heights[np.isfinite(heights) & (heights > 0)]
     if shown.empty:
         return
-    room = max((shown.max() / shown.min()) ** 0.12, 1.1)
+    reach = float(shown.max() / shown.min())
+    room = max(reach**0.12, 1.1)
     axes.set_ylim(shown.min() / room, shown.max() * room)
-    subs = (1.0, 2.0, 5.0) if shown.max() / shown.min() < 100 else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(10, subs=subs))
+    subs = (1.0,) if reach > 100 else (1.0, 2.0, 5.0) if reach > 8 else (1.0, 2.0, 3.0, 5.0, 7.0)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=subs) if reach > 2.5 else MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _caption(probes: pd.DataFrame, data: pd.DataFrame, arms: Sequence[str], training_reward: str) -> str:
@@ -271,7 +273,8 @@ def _caption(probes: pd.DataFrame, data: pd.DataFrame, arms: Sequence[str], trai
         f"Norm of the gradient of one picture's reward ({training_reward}) by the adapter as it acts in one sampling "
         "step alone, and by the latent that enters the step, through the whole chain. A backward pass runs from right "
         f"to left: exploding gradients rise to the left. Lines: median over {f.plural(pictures, 'picture')}, geometric "
-        f"mean over {f.plural(seeds, 'training seed')}; bands: pointwise 95 % t interval over seeds, on the logarithm."
+        f"mean over {f.plural(seeds, 'training seed')}; bands: pointwise 95 % t interval over seeds, on the logarithm, "
+        "cut off where they leave the range of the lines."
     )
     start = at(probes, training_reward, POINTS[0])
     same = distinct(start[start["probe"] == NORMS], arms, picture_keys())

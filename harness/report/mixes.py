@@ -93,9 +93,9 @@ def mixes_table(analysis: Analysis, scores: pd.DataFrame, mixes: Sequence[Mix]) 
             rows.append((name, rank, f.spread(errors, 2), f.markdown(reward), f.estimate(mixed), *own))
             record: dict[str, object] = {"arm": mix["arm"], "mix": mix["training_reward"], "rank": mix["rank"]}
             record |= {"exact_rank": mix["exact_rank"], "error": float(np.mean(errors)), "worst_module_error": worst}
-            record |= {"seeds": len(mix["seeds"]), "reward": reward} | _bounds("mix", mixed)
+            record |= {"seeds": len(mix["seeds"]), "reward": reward} | _bounds("gain", mixed)
             for r, interval in alone.items():
-                record |= _bounds(r, interval)
+                record |= _bounds(f"{r} alone", interval)
             data.append(record)
     note = (
         "Adapters of one arm, trained on several rewards, as one: the weighted sum of their products B A, at the rank "

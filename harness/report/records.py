@@ -28,6 +28,10 @@ SCORE_COLUMNS = (
 METRIC_COLUMNS = (
     *("cell", "arm", "method", "training_reward", "seed", "variant", "point", "metric", "prompt_id", "value", "n"),
 )
+PROBE_COLUMNS = (
+    *("cell", "arm", "method", "training_reward", "seed", "probe", "point", "estimator", "guidance", "step", "t"),
+    *("prompt_id", "noise_id", "quantity", "value"),
+)
 COUNTED = ("completed", "diverged")
 
 
@@ -70,6 +74,8 @@ class Run:
         plan, provenance: `run.json` and `provenance.json` (empty where absent).
         cells: Trained cells in the order of the plan. ``base``: the base model's.
         scores, metrics, updates: Rows of all cells that count, in a fixed order.
+        probes: Rows of gradients measured at points of training (empty where the run asked for none).
+        mixed, mixes: Scores of adapters mixed from several rewards', and the mix.json of each.
         timing: Seconds and memory of each arm alone in a fresh process, by label (empty where not measured).
         judged: The split that results are about: held-out, or the last one evaluated in a run without it (tuning);
             its rows are called held-out in `scores`.
@@ -83,8 +89,11 @@ class Run:
     scores: pd.DataFrame
     metrics: pd.DataFrame
     updates: pd.DataFrame
-    timing: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    timing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     judged: str = HELD_OUT
+    probes: pd.DataFrame = field(default_factory=pd.DataFrame)
+    mixed: pd.DataFrame = field(default_factory=pd.DataFrame)
+    mixes: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -185,6 +194,8 @@ def load_run(folder: Path) -> Run:
         _updates(folder, counted),
         _read_json(folder / "timing.json"),
         judged,
+        _tables(folder, counted, "probes.parquet", PROBE_COLUMNS),
+        *load_mixes(folder),
     )
 
 
@@ -218,6 +229,21 @@ def _with_sums(scores: pd.DataFrame, training_rewards: list[str]) -> pd.DataFram
     return pd.concat(parts, ignore_index=True)[list(SCORE_COLUMNS)] if len(parts) > 1 else scores
 
 
+def load_mixes(folder: Path) -> tuple[pd.DataFrame, tuple[Mapping[str, Any], ...]]:
+    """Scores of all mixes of a run directory, and the mix.json of each, by name; mixes without a seed are left out.
+
+    A mix is scored on one split, the one that results are about: it is called held-out here, as in `load_run`.
+    """
+    empty = pd.DataFrame({column: pd.Series(dtype=object) for column in SCORE_COLUMNS})
+    tables, mixes = [], []
+    for path in sorted((folder / "mixes").glob("*/mix.json")):
+        if (mix := _read_json(path))["seeds"]:
+            table = pd.read_parquet(path.with_name("scores.parquet"), columns=list(SCORE_COLUMNS))
+            tables.append(table[table["seed"].isin(mix["seeds"])].assign(split=HELD_OUT))
+            mixes.append(mix)
+    return (pd.concat(tables, ignore_index=True) if tables else empty), tuple(mixes)
+
+
 def _cell(folder: Path, entry: Mapping[str, Any]) -> Cell:
     status = _read_json(folder / "cells" / str(entry["cell"]) / "status.json")
     return Cell(
@@ -238,7 +264,7 @@ def _tables(folder: Path, cells: list[Cell], file: str, columns: tuple[str, ...]
     found = [table for table in found if len(table)]
     if not found:
         return pd.DataFrame({column: pd.Series(dtype=object) for column in columns})
-    table = pd.concat(found, ignore_index=True).astype({"point": str, "variant": str})
+    table = pd.concat(found, ignore_index=True).astype({name: str for name in ("point", "variant") if name in columns})
     return table.sort_values(list(columns), kind="stable").drop_duplicates().reset_index(drop=True)
 
 

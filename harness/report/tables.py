@@ -196,8 +196,8 @@ def rewards_by_method(analysis: Analysis, training_reward: str) -> Table:
             "arm": arm,
             "unit": analysis.unit(training_reward),
         }
-        record |= _bounds("mean", raw) | _bounds("gain", gain.interval) | _bounds("training gain", seen.interval)
-        record |= _bounds("gain base SD", seed_t(gain.standardised))
+        record |= bounds("mean", raw) | bounds("gain", gain.interval) | bounds("training gain", seen.interval)
+        record |= bounds("gain base SD", seed_t(gain.standardised))
         record |= {"base_mean": gain.base_mean, "base_sd": gain.sd, "n": gain.interval.n, "planned": gain.runs.planned}
         data.append(record | {"prompts": gain.prompts, "pictures": gain.pictures})
     base = analysis.final(analysis.run.arms[0], training_reward)
@@ -206,24 +206,6 @@ def rewards_by_method(analysis: Analysis, training_reward: str) -> Table:
         f"({f.markdown(analysis.unit(training_reward))})."
     ) + inference_note(analysis.run)
     return Table(f"table-rewards-{_index(analysis, training_reward)}", headers, tuple(rows), pd.DataFrame(data), note)
-
-
-def own_sampler(analysis: Analysis) -> Table:
-    """Gains with the sampler that a method trained with, for the methods where it is not the evaluation's."""
-    headers = ("method", "trained on", "gain, its own sampler", "gain, the run's sampler")
-    rows, data = [], []
-    for arm in analysis.run.arms:
-        for reward in analysis.run.training_rewards:
-            own = seed_t(analysis.gains.own_sampler(arm, reward, reward))
-            if np.isfinite(own.estimate):
-                usual = analysis.final(arm, reward).interval
-                rows.append((f"**{f.markdown(arm)}**", f.markdown(reward), f.estimate(own), f.estimate(usual)))
-                data.append({"arm": arm, "training_reward": reward} | _bounds("own", own) | _bounds("usual", usual))
-    note = (
-        "Methods that explore with a stochastic sampler, generated with it: gain over the base model with the same "
-        "sampler and noise, in the reward's unit, on held-out prompts, with 95 % t interval over seeds."
-    )
-    return Table("table-own-sampler" if rows else "", headers, tuple(rows), pd.DataFrame(data), note)
 
 
 def pairwise(analysis: Analysis, training_reward: str) -> Table:
@@ -311,22 +293,23 @@ def _judgement_row(reward: str, j: Judgement, sd: float) -> dict[str, object]:
         "training_reward": reward,
         "arm": j.arm,
         "reference": j.reference,
-        **_bounds("difference base SD", j.difference),
-        **_bounds("difference", f.scaled(j.difference, sd)),
-        **_bounds("simultaneous base SD", j.simultaneous),
+        **bounds("difference base SD", j.difference),
+        **bounds("difference", f.scaled(j.difference, sd)),
+        **bounds("simultaneous base SD", j.simultaneous),
         "test": j.comparison.test,
         "p": j.comparison.p,
         "smallest_p": j.comparison.smallest_p,
         "adjusted_p": j.adjusted_p,
         "smallest_adjusted_p": j.smallest_adjusted_p,
-        **_bounds("p_better", j.probability),
+        **bounds("p_better", j.probability),
         "detectable base SD": j.detectable,
         "family": j.family,
         "verdict": j.verdict.value,
     }
 
 
-def _bounds(name: str, interval: Interval) -> dict[str, object]:
+def bounds(name: str, interval: Interval) -> dict[str, object]:
+    """An interval as columns of a CSV."""
     return {name: interval.estimate, f"{name} low": interval.low, f"{name} high": interval.high}
 
 

@@ -202,6 +202,7 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     keep_images: Literal["final", "none"] = "final"
     timing: bool = Field(True, description="Time each arm alone in a fresh process, for the cost table.")
+    timing_repetitions: int = Field(1, ge=1, description="Fresh processes for each arm; the table shows their median.")
 
     @field_validator("variants")
     @classmethod

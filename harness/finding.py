@@ -20,15 +20,23 @@ class Quantity(BaseModel):
     `gain`: score minus the base model's, in base SD. `diversity`: Vendi score over the base model's.
     `gradient-norm`: natural logarithm of the median over pictures of a per-step gradient norm. `gradient-growth`: mean
     change of that logarithm per step towards the noise. `gradient-variance`: natural logarithm of the variance of an
-    arm's gradient at equal denoiser rows, over its squared mean. `seconds` and `memory`: natural logarithm of an
-    iteration's seconds, of the peak MiB (one value per repetition of the timing pass instead of per seed).
+    arm's gradient at equal denoiser rows (or queries: `axis`), over its squared mean. `update-seconds`: natural
+    logarithm of the mean seconds of an iteration in the run. `seconds` and `memory`: the same of an iteration and of
+    the peak MiB of the arm alone, one value per repetition of the timing pass instead of per seed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    of: Literal["gain", "diversity", "gradient-norm", "gradient-growth", "gradient-variance", "seconds", "memory"] = (
-        "gain"
-    )
+    of: Literal[
+        "gain",
+        "diversity",
+        "gradient-norm",
+        "gradient-growth",
+        "gradient-variance",
+        "update-seconds",
+        "seconds",
+        "memory",
+    ] = "gain"
     arm: str
     trained_on: str | None = Field(None, description="Training reward; None: the run's first.")
     reward: str | None = Field(None, description="What is scored; None: what was trained on.")
@@ -40,7 +48,9 @@ class Quantity(BaseModel):
     point: str | None = Field(None, description="Of training: a curve point, or start, middle, end of a probe.")
     guidance: float | None = Field(None, description="Of a probe; None: the run's.")
     norm: Literal["latents", "adapter"] = Field("adapter", description="Gradient by the latents or by the adapter.")
-    step: int | None = Field(None, description="Sampling step of a gradient norm, from 0; None: all steps together.")
+    step: int | None = Field(
+        None, description="Sampling step of a gradient norm, -1 is the last; None: all steps together."
+    )
     times: float = Field(1.0, description="Factor on it.")
     at: str | None = Field(None, description="Arm whose weights a gradient variance is measured at; None: the arm.")
 

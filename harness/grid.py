@@ -34,7 +34,9 @@ from harness.registry import (
 SCHEMA = 1
 BASE_CELL = "base"
 # What changes neither a cell nor which cells there are: the directory of a run does not depend on it.
-ADDED_LATER = {"out", "workers", "device", "keep_images", "timing", "variants", "mixes", "findings"}
+ADDED_LATER = {
+    *("out", "workers", "device", "keep_images", "timing", "timing_repetitions", "variants", "mixes", "findings"),
+}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from harness.workshop import Workshop
 
 START, MIDDLE, END = "start", "middle", "end"
 PICTURES = 8  # whose gradient norms are taken, one at a time
-ITERATIONS = 24  # over which the variance of a gradient is estimated
+ITERATIONS = 16  # over which the variance of a gradient is estimated
 
 
 class ProbePoints:

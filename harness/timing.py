@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import statistics
 import subprocess
 import sys
 import time
@@ -17,29 +19,41 @@ ITERATIONS = 2
 
 
 def time_arms(config: RunConfig, run_dir: Path, labels: Sequence[str]) -> None:
-    """Write timing.json: for each arm what `measure` gives. Arms that are there already are left alone.
+    """Write timing.json: for each arm what `measure` gives, medians and, under `repetitions`, each process's numbers.
 
-    An arm that cannot be timed does not cost the run its results: it is said, logged, and tried again next time.
+    Arms that are there already are left alone. An arm that cannot be timed does not cost the run its results: it is
+    said, logged, and tried again next time.
     """
-    import os
-
     path = run_dir / "timing.json"
     timing = store.read_json(path)
     for label in labels:
-        if label in timing:
+        if len(timing.get(label, {}).get("repetitions", [0] if label in timing else [])) >= config.timing_repetitions:
             continue
-        arguments = [sys.executable, "-m", "harness.timing", config.model_dump_json(), label]
-        done = subprocess.run(
-            arguments, capture_output=True, text=True, env={**os.environ, **WORKER_ENVIRONMENT}, check=False
-        )
-        if done.returncode == 0:
-            timing[label] = json.loads(done.stdout.splitlines()[-1])
-            store.write_json(path, timing)
-        else:
-            why = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            print(f"{label} could not be timed alone ({why}); the same command tries again", file=sys.stderr)
-            event = {"time": store.utc_now(), "event": "not timed", "arm": label, "detail": why}
+        try:
+            each = [_alone(config, label) for _ in range(config.timing_repetitions)]
+        except _NotTimedError as error:
+            print(f"{label} could not be timed alone ({error}); the same command tries again", file=sys.stderr)
+            event = {"time": store.utc_now(), "event": "not timed", "arm": label, "detail": str(error)}
             store.append_line(run_dir / "log.jsonl", event)
+            continue
+        medians = {name: statistics.median(once[name] for once in each) for name in each[0]}
+        timing[label] = {**medians, "repetitions": each}
+        store.write_json(path, timing)
+
+
+class _NotTimedError(Exception):
+    """A timing process failed; says why."""
+
+
+def _alone(config: RunConfig, label: str) -> dict[str, float]:
+    """What `measure` gives in a process of its own."""
+    arguments = [sys.executable, "-m", "harness.timing", config.model_dump_json(), label]
+    environment = {**os.environ, **WORKER_ENVIRONMENT}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        raise _NotTimedError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def measure(config: RunConfig, label: str) -> dict[str, float]:

@@ -47,22 +47,23 @@ def gives_latents(subject: Subject) -> None:
 
 
 def ignores_the_batch(subject: Subject) -> None:
-    """A picture is the same alone, in another order, among others, and whatever is in memory at once."""
-    whole = _latents(subject, lab(subject.tiny, micro_batch=64))
-    size = float(whole.abs().max())
-    setup = lab(subject.tiny, micro_batch=64)
-    batch = requests(setup.inner, PICTURES)
-    tuner = subject.tuner(setup)
-    sampler = Generation(setup.context.sampler)
-    others = {
-        "one by one": torch.cat([tuner.generate([request], sampler) for request in batch]),
-        "in the opposite order": tuner.generate(batch[::-1], sampler).flip(0),
-        "with one in memory at once": _latents(subject, lab(subject.tiny, micro_batch=1)),
-        "with three in memory at once": _latents(subject, lab(subject.tiny, micro_batch=3)),
-    }
-    for how, latents in others.items():
-        off = float((latents - whole).abs().max()) / size
-        hold(off <= 1e-9, f"{how} latents differ by {off:.1e} of their size")
+    """A picture is the same alone, among others in any order, and whatever is in memory at once, also with noise."""
+    for model, eta in ((subject.tiny, 0.0), (subject.gaussian, 1.0)):
+        whole = _latents(subject, lab(model, micro_batch=64, eta=eta))
+        size = float(whole.abs().max())
+        setup = lab(model, micro_batch=64, eta=eta)
+        batch = requests(setup.inner, PICTURES)
+        tuner = subject.tuner(setup)
+        sampler = Generation(setup.context.sampler)
+        others = {
+            "one by one": torch.cat([tuner.generate([request], sampler) for request in batch]),
+            "in the opposite order": tuner.generate(batch[::-1], sampler).flip(0),
+            "with one in memory at once": _latents(subject, lab(model, micro_batch=1, eta=eta)),
+            "with three in memory at once": _latents(subject, lab(model, micro_batch=3, eta=eta)),
+        }
+        for how, latents in others.items():
+            off = float((latents - whole).abs().max()) / size
+            hold(off <= 1e-9, f"{how} latents differ by {off:.1e} of their size (eta {eta:g})")
 
 
 def _latents(subject: Subject, setup: Lab) -> Tensor:

@@ -11,16 +11,21 @@ from harness.api import Prompt, Reward
 
 
 class QuadraticReward(Reward):
-    """Minus the mean squared distance of the pixels to 0.8: concave, largest at 0."""
+    """Minus the mean squared distance of the pixels to 0.8: concave.
+
+    Args:
+        device: As for every reward.
+        largest: What the best pictures score.
+    """
 
     name, version, differentiable, role, unit = "quadratic", "1", True, "proxy", "squared pixels"
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, largest: float = 0.0) -> None:
+        self.device, self.largest = device, largest
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores in the pictures' own precision."""
-        return -((images_BCHW - 0.8) ** 2).flatten(1).mean(1)
+        return self.largest - ((images_BCHW - 0.8) ** 2).flatten(1).mean(1)
 
     def applies(self, prompt: Prompt) -> bool:
         """To all."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -120,14 +121,19 @@ def quantity_values(analysis: Analysis, q: Quantity, amount: float = math.nan) -
         case "gradient-norm":
             return log_norm(
                 run.probes, q.arm, training_reward=trained, point=q.point or "start", guidance=_guidance(analysis, q),
-                norm=q.norm, step=q.step,
+                norm=q.norm, step=_step(analysis, q),
             )  # fmt: skip
         case "gradient-growth":
             point = q.point or "start"
             return log_growth(run.probes, q.arm, training_reward=trained, point=point, guidance=_guidance(analysis, q))
         case "gradient-variance":
             point, at = q.point or "start", q.at or q.arm
-            return log_relative_variance(run.probes, q.arm, at_arm=at, training_reward=trained, point=point)
+            per: Literal["rows", "queries"] = "queries" if q.axis == "queries" else "rows"
+            return log_relative_variance(run.probes, q.arm, at_arm=at, training_reward=trained, point=point, per=per)
+        case "update-seconds":
+            updates = run.updates
+            cells = {cell.seed: updates[updates["cell"] == cell.name] for cell in run.cells_of(q.arm, trained)}
+            return {seed: math.log(mine["seconds"].mean()) for seed, mine in cells.items() if len(mine)}
         case "seconds" | "memory":
             name = "seconds_per_iteration" if q.of == "seconds" else "peak_memory_mib"
             repeated: list[Mapping[str, float]] = run.timing.get(q.arm, {}).get("repetitions", [])
@@ -154,11 +160,18 @@ def _guidance(analysis: Analysis, q: Quantity) -> float:
     return float(analysis.run.plan["sampler"]["guidance"]) if q.guidance is None else q.guidance
 
 
+def _step(analysis: Analysis, q: Quantity) -> int | None:
+    """Negative steps count from the end of the chain."""
+    if q.step is None or q.step >= 0:
+        return q.step
+    return int(analysis.run.plan["sampler"]["steps"]) + q.step
+
+
 def _shared_amounts(analysis: Analysis, quantities: Sequence[Quantity]) -> dict[str, float]:
     """By axis: how much every training of the statement has spent by its end, at least."""
     ends: dict[str, list[float]] = {}
     for q in quantities:
-        if q.axis:
+        if q.axis and q.of == "gain":
             trained = q.trained_on or analysis.run.training_rewards[0]
             spent = analysis.gains.curve(q.arm, trained, q.reward or trained).spent[q.axis]
             ends.setdefault(q.axis, []).append(float(np.nanmin(spent[:, -1])) if spent.size else math.nan)

@@ -39,12 +39,12 @@ class Mixed:
 
 
 def factor_pairs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Names of the B and A factors of each module.
+    """Names of the B and A factors of each module, sorted: files do not keep an order, and sums have one.
 
     Raises:
         UserError: The parameters are something else than LoRA factors.
     """
-    pairs = {name.partition(B)[0]: (name, name.replace(B, A)) for name in names if B in name}
+    pairs = {name.partition(B)[0]: (name, name.replace(B, A)) for name in sorted(names) if B in name}
     if not pairs or sorted(name for pair in pairs.values() for name in pair) != sorted(names):
         shown = ", ".join(sorted(names)[:3])
         raise UserError(

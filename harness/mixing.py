@@ -223,10 +223,8 @@ def make_mix(grid: Grid, run_dir: Path, mix: Mix, say: Say) -> Path:
             making.write()  # without what is made again
         for seed, adapter in mixed.items():
             making.add(seed, ready[seed], made_of[seed], adapter)
-            say(
-                f"seed {seed}: rank {mix.rank} of at most {adapter.exact_rank}, error {adapter.error:.3g} "
-                f"(worst module {adapter.worst:.3g}: {adapter.worst_module})"
-            )
+            worst = f" (worst module {adapter.worst:.3g}: {adapter.worst_module})" if adapter.error else ""
+            say(f"seed {seed}: rank {mix.rank} of at most {adapter.exact_rank}, error {adapter.error:.3g}{worst}")
     return directory
 
 

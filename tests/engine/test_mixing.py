@@ -111,6 +111,16 @@ def test_the_error_is_the_true_one_and_the_smallest_possible(rank: int) -> None:
     assert relative[mixed.worst_module] == max(relative.values())
 
 
+def test_the_order_of_parameters_changes_no_bit() -> None:
+    """Files of adapters are read in no particular order."""
+    parts = [(0.5, adapter(1, 2)), (2.0, adapter(2, 3))]
+    turned = [(weight, dict(reversed(parameters.items()))) for weight, parameters in parts]
+    first, second = mix_products(parts, 2), mix_products(turned, 2)
+    assert (first.error, first.worst, first.worst_module) == (second.error, second.worst, second.worst_module)
+    assert list(first.parameters) == list(second.parameters)
+    assert all(torch.equal(p, second.parameters[name]) for name, p in first.parameters.items())
+
+
 def test_adapters_that_do_nothing() -> None:
     """Of B = 0, as adapters start, and of weight 0: no division by a norm of zero."""
     zero = {name: p * (0.0 if ".lora_B." in name else 1.0) for name, p in adapter(1, 2).items()}
@@ -298,7 +308,7 @@ def test_a_mix_of_two_is_exported_for_diffusers(
     shown = capsys.readouterr().out
     (directory,) = (run / "mixes").iterdir()
     assert str(directory) in shown
-    assert "seed 1: rank 4 of at most 4, error 0 " in shown
+    assert "seed 1: rank 4 of at most 4, error 0\n" in shown
     record = store.read_json(directory / "mix.json")
     assert record["seeds"] == [0, 1]
     assert record["left_out"] == {}

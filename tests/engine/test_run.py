@@ -154,6 +154,26 @@ def test_the_stream_of_a_seed_is_one_for_all_and_can_be_entered_anywhere() -> No
     assert not torch.equal(first[0].noise, next(other).noise)
 
 
+def test_the_noise_of_an_evaluation_is_one_for_all(bench: Bench) -> None:
+    """Where steps have noise, too, an adapter of strength 0 is the base, whoever trained it and with which sampler."""
+    noisy = bench.run("noisy", methods=["draft"], sampler={"eta": 1.0}, variants=[{"lora_scale": 0.0}])
+    calm = bench.run("calm", methods=["ddpo"])  # trains with eta 1, and is evaluated with it as well
+    key = ["prompt_id", "noise_id"]
+
+    def scores(run: Path, arm: str, variant: str) -> pd.Series:
+        table = pd.read_parquet(cell(run, arm) / "scores.parquet")
+        chosen = (table["variant"] == variant) & (table["point"] == "final")
+        return table[chosen & table["reward"].str.endswith("Quadratic")].set_index(key)["score"]
+
+    base = scores(noisy, "base", "default")
+    for run, arm, variant in ((noisy, "draft", "lora-scale=0"), (calm, "ddpo", "own-sampler-base")):
+        off = scores(run, arm, variant)
+        assert len(off) >= 3
+        np.testing.assert_array_equal(off, base[off.index])
+        for other in (scores(noisy, "draft", "default"), scores(calm, "base", "default")):
+            assert not np.array_equal(off, other[off.index])
+
+
 def test_scoring_the_stored_picture_gives_the_record(bench: Bench, pipeline_directory: Path) -> None:
     """A fresh reward on the PNG gives the recorded score, for every picture and reward of a pipeline's run."""
     run = bench.run(model=str(pipeline_directory), methods=["draft-k"], budget={"amount": 4, "curve_points": []})

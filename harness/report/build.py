@@ -107,7 +107,7 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "forest": figures.forest,
         "how_to_read": narrative.how_to_read(analysis),
         "sections": sections,
-        "claims": findings.sections(analysis),
+        "claims": [vars(section) for section in findings.sections(analysis)],
         "own_sampler": uses.own_sampler(analysis),
         "variants": uses.variants(analysis),
         "mixes": mixes.mixes_table(analysis, run.mixed, run.mixes) if run.mixes else None,

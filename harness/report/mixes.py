@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,13 @@ import pandas as pd
 from harness.report import formatting as f
 from harness.report.analysis import Analysis
 from harness.report.gains import Gains
-from harness.report.records import HELD_OUT, SCORE_COLUMNS, load_run, weights
-from harness.report.tables import Table
+from harness.report.records import HELD_OUT, load_run, weights
+from harness.report.tables import Table, bounds
 from harness.stats.effects import gain, standardised
-from harness.stats.intervals import Interval, seed_t
+from harness.stats.intervals import seed_t
 from harness.stats.seed_means import seed_scores
 
 Mix = Mapping[str, Any]
-
-
-def load_mixes(folder: Path) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Scores of all mixes of a run directory, and the mix.json of each, by name; mixes without a seed are left out.
-
-    A mix is scored on one split, the one that results are about: it is called held-out here, as in `load_run`.
-    """
-    paths = sorted((folder / "mixes").glob("*/mix.json"))
-    found = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    found = [(directory, mix) for directory, mix in found if mix["seeds"]]
-    tables = []
-    for directory, mix in found:
-        table = pd.read_parquet(directory / "scores.parquet", columns=list(SCORE_COLUMNS))
-        tables.append(table[table["seed"].isin(mix["seeds"])].assign(split=HELD_OUT))
-    if not tables:
-        return pd.DataFrame({column: pd.Series(dtype=object) for column in SCORE_COLUMNS}), []
-    return pd.concat(tables, ignore_index=True), [mix for _, mix in found]
 
 
 def mix_difference(gains: Gains, scores: pd.DataFrame, mix: Mix, reward: str) -> dict[int, float]:
@@ -93,9 +75,9 @@ def mixes_table(analysis: Analysis, scores: pd.DataFrame, mixes: Sequence[Mix]) 
             rows.append((name, rank, f.spread(errors, 2), f.markdown(reward), f.estimate(mixed), *own))
             record: dict[str, object] = {"arm": mix["arm"], "mix": mix["training_reward"], "rank": mix["rank"]}
             record |= {"exact_rank": mix["exact_rank"], "error": float(np.mean(errors)), "worst_module_error": worst}
-            record |= {"seeds": len(mix["seeds"]), "reward": reward} | _bounds("gain", mixed)
+            record |= {"seeds": len(mix["seeds"]), "reward": reward} | bounds("gain", mixed)
             for r, interval in alone.items():
-                record |= _bounds(f"{r} alone", interval)
+                record |= bounds(f"{r} alone", interval)
             data.append(record)
     note = (
         "Adapters of one arm, trained on several rewards, as one: the weighted sum of their products B A, at the rank "
@@ -112,14 +94,10 @@ def _seeds(left_out: Mapping[str, str]) -> str:
     return f"seed{'s' if len(left_out) > 1 else ''} {f.joined(list(left_out))}"
 
 
-def _bounds(name: str, interval: Interval) -> dict[str, object]:
-    return {name: interval.estimate, f"{name} low": interval.low, f"{name} high": interval.high}
-
-
 def summary(folder: Path, name: str) -> Iterator[str]:
     """Lines for a person: gains of one mix of a run directory, beside those of the adapters it was mixed from."""
-    gains = Gains(load_run(folder))
-    scores, mixes = load_mixes(folder)
+    run = load_run(folder)
+    gains, scores, mixes = Gains(run), run.mixed, run.mixes
     mix = next(mix for mix in mixes if mix["slug"] == name)
     seeds = ", ".join(str(seed) for seed in mix["seeds"])
     errors = f.spread([float(error["all"]) for error in mix["error"].values()], 2)

@@ -24,8 +24,8 @@ from harness.evaluation import noise_bank
 from harness.lora_products import factor_pairs, mix_products
 from harness.mixing import Mix, parse_weights, resolve_mix
 from harness.report.analysis import analyse
-from harness.report.mixes import load_mixes, mix_difference, mix_gain, mixes_table
-from harness.report.records import load_run
+from harness.report.mixes import mix_difference, mix_gain, mixes_table
+from harness.report.records import load_mixes, load_run
 from harness.sampling import generate
 from models.stable_diffusion import StableDiffusion
 from tests.engine.fakes import Bench, plugin_file, run_inline

@@ -83,10 +83,8 @@ def test_verdicts_read_the_interval_of_all_statements_together(analysis: Analysi
 
 def test_gains_on_an_axis_are_read_where_all_have_spent_as_much(analysis: Analysis) -> None:
     """Between the points of each seed's curve, at the end of the arm that spends least."""
-    ends = {
-        arm: analysis.gains.curve(arm, "emoji-3d", "emoji-3d").spent["denoiser_rows"][:, -1]
-        for arm in ("draft", "ddpo")
-    }
+    curves = {arm: analysis.gains.curve(arm, "emoji-3d", "emoji-3d") for arm in ("draft", "ddpo")}
+    ends = {arm: curve.spent["denoiser_rows"][:, -1] for arm, curve in curves.items()}
     amount = min(ends["draft"].min(), ends["ddpo"].min())
     assert ends["draft"].max() < ends["ddpo"].min()
     found = contrast(

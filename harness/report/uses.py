@@ -43,9 +43,9 @@ def variants(analysis: Analysis) -> Table:
         for label in (DEFAULT_VARIANT, *labels) if labels else ():
             for scored in (trained, *analysis.witnesses(trained)):
                 gain = analysis.gains.final(arm, trained, scored, variant=label)
-                if not gain.exists:
-                    continue
                 mean = seed_t(gain.standardised)
+                if not np.isfinite(mean.estimate):
+                    continue
                 whole = seed_t(analysis.final(arm, trained, scored).standardised).estimate
                 share = f.fixed(mean.estimate / whole, 2) if label != DEFAULT_VARIANT and abs(whole) > 0.05 else f.DASH
                 texts = (f"**{f.markdown(arm)}**", f.markdown(trained), f.markdown(label), f.markdown(scored))

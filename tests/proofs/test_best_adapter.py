@@ -69,8 +69,8 @@ def closed(method: str, iterations: int, seed: int, settings: dict[str, Any]) ->
         ("drtune", {}),
         # The penalty has its default weight; it is small beside this reward's gradient.
         ("draft-plus", {"k": 2}),
-        # Tilted by exp(lambda * r) the pictures would be 0.8 with a variance of 3 / (2 lambda), next to nothing. But only
-        # the steps with noise are regressed, and they share one bias and gain, a compromise between them.
+        # Tilted by exp(lambda * r) the pictures would be 0.8 with a variance of 3 / (2 lambda), next to nothing. But
+        # the steps with noise alone are regressed, and they share one bias and gain, a compromise between them.
         ("adjoint-matching", {"reward_multiplier": 1000.0}),
     ],
 )

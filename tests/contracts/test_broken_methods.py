@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,12 +27,20 @@ from harness.api import (
 )
 from harness.contracts.check import contracts_of, verify
 from harness.contracts.lab import Subject
-from harness.sampling import transition
+from harness.sampling import sample, transition
+from methods._likelihood import Lesson, Picture
+from methods._policy_gradient import Advantages
 from methods._reward_gradient import Batch, Objective, RewardGradientConfig
+from methods._rollouts import Rollout
 from methods.best_of_n import BestOfN
+from methods.d3po import D3PO
 from methods.ddpo import DDPO
+from methods.dpo import DPO
 from methods.draft import Draft
 from methods.draft_k import DraftK
+from methods.grpo import GRPO
+from methods.raft import RAFT
+from methods.rwr import RWR
 
 
 class DetachedDecoder(Draft):
@@ -75,6 +83,109 @@ class Holes(Draft):
             x = transition(predicted, step).mean
         reward = self.score(x, batch)
         return Objective(loss=-reward, reward=reward)
+
+
+class FrozenStep(Draft):
+    """Freezes the adapter at a step in the middle of the window, and lets the gradient run on to earlier steps."""
+
+    def objective(self, batch: Batch, draws: Randomness) -> Objective:
+        """-r(x_0), with frozen values of the adapter at one step."""
+        frozen = Adapter(parameters={name: p.detach() for name, p in self.model.adapter_parameters().items()})
+        x = self.chain(batch, len(self.steps), adapter=lambda step: frozen if step.index == 2 else Adapter())
+        reward = self.score(x, batch)
+        return Objective(loss=-reward, reward=reward)
+
+
+class StepNoiseByRow(DraftK):
+    """Noise of a stochastic sampler's steps belongs to rows of what is in memory."""
+
+    def objective(self, batch: Batch, draws: Randomness) -> Objective:
+        """-r(x_0)."""
+        shape, randomness = batch.noise.shape, self.context.randomness
+        x = sample(
+            self.model,
+            batch.noise,
+            batch.condition,
+            self.sampler,
+            gradient_steps=self.config.k,
+            noise=lambda step: randomness.normal(shape, "step", step.index).to(batch.noise),
+        )
+        reward = self.score(x, batch)
+        return Objective(loss=-reward, reward=reward)
+
+
+class EqualWeights(RWR):
+    """Forgets the rewards when it weighs pictures."""
+
+    def weights(self, rewards_GK: Tensor) -> Tensor:
+        """The same for all."""
+        return torch.full_like(rewards_GK, 1 / rewards_GK.numel())
+
+
+class LearnsTheWorst(RAFT):
+    """Keeps the picture of each prompt that scores least."""
+
+    def weights(self, rewards_GK: Tensor) -> Tensor:
+        """Of the rewards turned round."""
+        return super().weights(-rewards_GK)
+
+
+class PrefersTheLoser(DPO):
+    """Turns each preference round."""
+
+    def lessons(self, pictures: Sequence[Picture], rewards_GK: Tensor) -> list[Lesson]:
+        """Loser first."""
+        return [replace(lesson, pictures=lesson.pictures[::-1]) for lesson in super().lessons(pictures, rewards_GK)]
+
+
+class PrefersTheLosersActions(D3PO):
+    """Turns each preference round."""
+
+    def loss(self, log_ratio_winner: Tensor, log_ratio_loser: Tensor) -> Tensor:
+        """Loser first."""
+        return super().loss(log_ratio_loser, log_ratio_winner)
+
+
+class LossNoiseByRow(RWR):
+    """Noise that pictures are learnt under belongs to rows of what is in memory."""
+
+    def loss(self, lessons: Sequence[Lesson], t: int, noise: Tensor) -> Tensor:
+        """The denoising loss under other noise."""
+        return super().loss(lessons, t, self.context.randomness.normal(noise.shape, "loss", t).to(noise))
+
+
+class ForgottenWeights(RWR):
+    """Weighs by an average of rewards over iterations that is not in its state."""
+
+    average = 0.0
+
+    def weights(self, rewards_GK: Tensor) -> Tensor:
+        """Smaller, the further the rewards are from their average."""
+        self.average = 0.5 * self.average + 0.5 * rewards_GK.mean().item()
+        return super().weights(rewards_GK) * abs(self.average)
+
+
+class Uncentred(Advantages):
+    """Rewards in standard deviations of their group, from 0 on."""
+
+    def of(self, rollouts: Sequence[Rollout], rewards: Tensor) -> Tensor:
+        """Clipped to 5, as GRPO's."""
+        return (rewards / (rewards.std() + 1e-6)).clamp(-5, 5)[:, None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class UncentredAdvantages(GRPO):
+    """Has no baseline."""
+
+    def __init__(self, model: DiffusionModel, reward: Reward, config: Any, context: Context) -> None:
+        super().__init__(model, reward, config, context)
+        self.statistics = Uncentred()
 
 
 class ForgottenTracker(DDPO):
@@ -230,6 +341,15 @@ CASES: list[tuple[type[FineTuner], str, str]] = [
     (SignFlip, "improves", "of the way"),
     (NoStopGradient, "costs", "gradient_rows"),
     (Holes, "costs", "backward_rows"),
+    (FrozenStep, "no-holes", "past frozen values"),
+    (StepNoiseByRow, "micro-batch", r"in parts of 3 .*eta 1"),
+    (EqualWeights, "improves", "of the way"),
+    (LearnsTheWorst, "improves", "of the way"),
+    (PrefersTheLoser, "improves", "of the way"),
+    (PrefersTheLosersActions, "improves", "of the way"),
+    (LossNoiseByRow, "micro-batch", "in parts of"),
+    (ForgottenWeights, "resumes", "a run goes on differently"),
+    (UncentredAdvantages, "improves", "of the way"),
     (ForgottenTracker, "resumes", "a run goes on differently"),
     (ClampedPictures, "unclamped", r"lie in \[0, 1\]"),
     (IntegerAdvantages, "adapter-only", "do not move"),

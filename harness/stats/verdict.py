@@ -210,6 +210,8 @@ def _sentence(
 ) -> str:
     """One sentence with the numbers behind it."""
     interval = comparison.interval
+    if math.isnan(interval.estimate):
+        return f"{pair.arm} and {pair.reference} cannot be compared: one of them has no result."
     difference = f"difference {_bounds(interval, '+.3g')} {unit}"
     evidence = f"{difference}, adjusted p {_equals(p)}, P(better) {_bounds(probability, '.2f')}"
     if verdict in (Verdict.BETTER, Verdict.WORSE):

@@ -35,6 +35,12 @@ def test_not_separated_states_what_could_have_been_found() -> None:
     assert result.detectable > 1
 
 
+def test_an_arm_without_results_is_said_to_have_none() -> None:
+    """Instead of a sentence of numbers that are not there."""
+    result = judge_one([], CENTRED)
+    assert result.sentence == "new and old cannot be compared: one of them has no result."
+
+
 def test_equivalent_within_the_margin() -> None:
     """Arms whose difference is surely inside the margin are equivalent."""
     result = judge_one(CENTRED / 1000 + 0.001, CENTRED / 1000)

@@ -98,7 +98,8 @@ def _panel(axes: Axes, analysis: Analysis, gains: list[Gain], look: dict[str, Lo
     role = "trained on" if first.reward == first.training_reward else info.role
     axes.set_title(first.reward, pad=16)
     base = significant(first.base_mean)
-    axes.text(0, 1.03, f"{role}; base model {base}", transform=axes.transAxes, fontsize=8, color=GREY)
+    about = f"{role}; base model {base}"  # a fixed distance below the title, whatever the height of the panel
+    axes.annotate(about, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=GREY)
     axes.set_xlabel(f"gain ({info.unit}) →")
 
 

@@ -20,6 +20,7 @@ LINES = ("-", "--", ":")
 BASE_COLOUR = "#000000"
 INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
 DPI = 150
+PICTURE_DPI = 90
 DIVERGING, CORRELATION = "RdBu", "PuOr"
 
 
@@ -83,10 +84,13 @@ def drawing() -> Iterator[None]:
 
 
 def write_figure(figure: Figure, path: Path, *, vector: bool = True) -> None:
-    """Write `path`.png and `path`.svg, the same bytes for the same figure."""
+    """Write `path`.png and `path`.svg, the same bytes for the same figure.
+
+    A figure that has no SVG is made of pictures, which do not get sharper with more pixels: its PNG has fewer.
+    """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # placed once: every format gets the same layout
-    figure.savefig(path.with_suffix(".png"), dpi=DPI, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".png"), dpi=DPI if vector else PICTURE_DPI, metadata={"Software": None})
     if vector:
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 

@@ -23,7 +23,7 @@ from harness.config import (
 )
 from harness.errors import UserError
 from harness.grid import Grid, build_arm, parse_reward
-from harness.registry import discover
+from harness.registry import discover, load_reward
 from tests.engine.fakes import PLUGINS
 
 
@@ -107,6 +107,35 @@ def test_presets_hold_only_what_exists(name: str) -> None:
         for key, value in given.items():
             if not isinstance(value, dict):
                 assert values[key] == pytest.approx(value), f"{name}: {method}.{key}"
+
+
+CLAIMS = [name for name, path in presets().items() if "findings" in yaml.safe_load(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("model", ["emoji", "path/to/pipeline"])
+@pytest.mark.parametrize("name", CLAIMS)
+def test_statements_speak_of_what_the_preset_runs(name: str, model: str) -> None:
+    """Arms exist and are valid; on the embedded model also rewards, variants, mixtures, points and probes."""
+    config = resolve({"preset": name, "model": model})
+    arms = {arm.label for arm in config.all_arms() if build_arm(arm, config)}
+    quantities = [q for f in config.findings for statement in f.statements for q in (*statement.plus, *statement.minus)]
+    assert quantities
+    assert {q.arm for q in quantities} | {q.at for q in quantities if q.at} <= arms
+    assert all(load_reward(name).differentiable for name in config.rewards)
+    if model != "emoji":
+        return
+    mixes = {"+".join(f"{weight:g}*{reward}" for reward, weight in mix.weights.items()) for mix in config.mixes}
+    stopping = {"early-stopping"} if config.early_stopping else set()
+    variants = {v.label for v in config.variants} | stopping | {"default", "own-sampler"}
+    points = {f"{point:g}" for point in config.budget.curve_points} | {None}
+    for q in quantities:
+        assert q.trained_on in (mixes if q.variant == "mix" else {*config.rewards, None})
+        assert q.variant in variants | {"mix"}
+        probed = q.of.startswith("gradient")
+        assert not probed or f"gradient-{'variance' if q.of.endswith('variance') else 'norms'}" in config.probes
+        assert q.point in ({"start", "middle", "end"} if probed else points)
+        assert q.reward is None or load_reward(q.reward)
+        assert not (q.axis and q.of == "gain") or points != {None}
 
 
 def test_arms_of_a_run_have_labels_of_their_own() -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.config import AdapterConfig, MethodConfig, OptimizerConfig, SamplerConfig
+from harness.config import AdapterConfig, InferenceConfig, MethodConfig, OptimizerConfig, SamplerConfig
 from harness.cost import Cost, CostRange
 from harness.errors import Diverged, UserError
 from harness.prompts import Prompt, PromptSuite
@@ -34,6 +34,7 @@ __all__ = [
     "Embedding",
     "FineTuner",
     "Generation",
+    "InferenceConfig",
     "InferenceFineTuner",
     "MethodConfig",
     "Optimizer",
@@ -350,13 +351,14 @@ class FineTuner(ABC):
         stochastic: Whether seeds differ beyond the stream of requests and the adapter's initial values. An
             inference-time method that is not stochastic is one cell, whatever the number of seeds.
         needs_reward_gradient: A non-differentiable reward is refused before anything is spent.
-        Config: Every hyper-parameter with default and source.
+        Config: Every hyper-parameter with default and source: a `MethodConfig`, which has an optimiser, or an
+            `InferenceConfig` where nothing is trained.
     """
 
     version: ClassVar[str]
     stochastic: ClassVar[bool]
     needs_reward_gradient: ClassVar[bool]
-    Config: ClassVar[type[MethodConfig]]
+    Config: ClassVar[type[InferenceConfig]]
 
     @abstractmethod
     def __init__(self, model: DiffusionModel, reward: Reward, config: Any, context: Context) -> None:

@@ -65,10 +65,14 @@ class OptimizerConfig(BaseModel):
     max_gradient_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's norm to this; None: do not.")
 
 
-class MethodConfig(BaseModel):
-    """Base of every method's `Config`: frozen, unknown names refused; each field says where its default is from."""
+class InferenceConfig(BaseModel):
+    """Base of the `Config` of methods that change no weights; as `MethodConfig`, without an optimiser."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MethodConfig(InferenceConfig):
+    """Base of a trained method's `Config`: frozen, unknown names refused; each field says where its default is from."""
 
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 import harness
-from harness.api import DiffusionModel, FineTuner, InferenceFineTuner, MethodConfig, Prompt, PromptSuite, Reward
+from harness.api import DiffusionModel, FineTuner, InferenceConfig, InferenceFineTuner, Prompt, PromptSuite, Reward
 from harness.config import ArmConfig, RunConfig, SamplerConfig, explain
 from harness.errors import UserError, nearest
 from harness.prompts import SPLITS
@@ -46,7 +46,7 @@ class Arm:
     label: str
     method: str
     finetuner: type[FineTuner]
-    config: MethodConfig
+    config: InferenceConfig
     sampler: SamplerConfig
     checkpointing: Literal["auto", "on", "off"]
     overrides: Mapping[str, Any]
@@ -127,8 +127,10 @@ def _with_optimizer(values: dict[str, Any], finetuner: type[FineTuner]) -> dict[
 
 
 def _optimizer_fields(finetuner: type[FineTuner]) -> list[str]:
-    inner = finetuner.Config.model_fields["optimizer"].default_factory
-    return list(type(inner()).model_fields) if callable(inner) else []  # type: ignore[call-arg]
+    """Settings of the optimiser; a name that the method has a setting of its own for means that one."""
+    fields = finetuner.Config.model_fields
+    inner = fields["optimizer"].default_factory if "optimizer" in fields else None
+    return [name for name in type(inner()).model_fields if name not in fields] if callable(inner) else []  # type: ignore[call-arg]
 
 
 def parse_reward(expression: str) -> list[tuple[float, str]]:

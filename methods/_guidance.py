@@ -26,8 +26,8 @@ from harness.api import (
     DiffusionModel,
     Diverged,
     Generation,
+    InferenceConfig,
     InferenceFineTuner,
-    MethodConfig,
     Prediction,
     Randomness,
     Request,
@@ -38,7 +38,7 @@ from harness.api import (
 from harness.sampling import Predict, Step, generate, step_noise, transition
 
 
-class GuidanceConfig(MethodConfig):
+class GuidanceConfig(InferenceConfig):
     """Settings of the whole family."""
 
     recurrences: int = Field(

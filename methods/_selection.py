@@ -22,14 +22,14 @@ from harness.api import (
     DiffusionModel,
     Diverged,
     Generation,
+    InferenceConfig,
     InferenceFineTuner,
-    MethodConfig,
     Request,
     Reward,
 )
 from harness.sampling import generate
 
-ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+ConfigT = TypeVar("ConfigT", bound=InferenceConfig)
 
 
 class SelectionTuner(InferenceFineTuner, Generic[ConfigT]):

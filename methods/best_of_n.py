@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from harness.api import MethodConfig, Request
+from harness.api import InferenceConfig, Request
 from methods._candidates import candidate
 from methods._selection import SelectionTuner
 
 
-class BestOfNConfig(MethodConfig):
+class BestOfNConfig(InferenceConfig):
     """Best-of-N's settings."""
 
     n: int = Field(16, ge=1, description="Candidates for each picture, N. DRaFT's baseline: 16.")

@@ -29,8 +29,8 @@ from harness.api import (
     DiffusionModel,
     Diverged,
     Generation,
+    InferenceConfig,
     InferenceFineTuner,
-    MethodConfig,
     Request,
     Reward,
     SamplerConfig,
@@ -38,7 +38,7 @@ from harness.api import (
 from harness.sampling import evaluation_noise, initial_latents, sample
 
 
-class NoiseOptimisationConfig(MethodConfig):
+class NoiseOptimisationConfig(InferenceConfig):
     """Noise optimisation's settings."""
 
     iterations: int = Field(50, ge=0, description="Updates of each initial latent, I. DOODL: 50.")

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from pydantic import Field, field_validator
 
-from harness.api import MethodConfig, Request
+from harness.api import InferenceConfig, Request
 from methods._selection import SelectionTuner
 
 SUFFIXES = (
@@ -30,7 +30,7 @@ SUFFIXES = (
 )
 
 
-class PromptSearchConfig(MethodConfig):
+class PromptSearchConfig(InferenceConfig):
     """Prompt search's settings."""
 
     suffixes: tuple[str, ...] = Field(

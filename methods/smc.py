@@ -34,8 +34,8 @@ from harness.api import (
     DiffusionModel,
     Diverged,
     Generation,
+    InferenceConfig,
     InferenceFineTuner,
-    MethodConfig,
     Prediction,
     Request,
     Reward,
@@ -45,7 +45,7 @@ from harness.api import (
 from harness.sampling import Step, evaluation_noise, initial_latents, sample, step_noise
 
 
-class SMCConfig(MethodConfig):
+class SMCConfig(InferenceConfig):
     """Settings of steering with particles."""
 
     particles: int = Field(4, ge=1, description="N, for each picture. FK steering: 4.")

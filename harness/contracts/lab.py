@@ -63,7 +63,8 @@ class Lab:
     def tuner(self, method: str | type[FineTuner], **settings: Any) -> Any:
         """A method by name or class with these settings of its `Config`; the optimiser stands still unless given."""
         found = load_method(method) if isinstance(method, str) else method
-        config = found.Config.model_validate({"optimizer": STILL, **settings})
+        still = {"optimizer": STILL} if "optimizer" in found.Config.model_fields else {}
+        config = found.Config.model_validate({**still, **settings})
         return found(self.model, self.reward, config, self.context)
 
     def parameters(self) -> dict[str, Tensor]:

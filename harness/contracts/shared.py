@@ -293,7 +293,7 @@ COMMON = (
     Contract(
         "settings",
         "unknown settings are refused, and every setting is described",
-        "let Config subclass MethodConfig as it is, and give each Field a description with the source of its default",
+        "let Config subclass MethodConfig or InferenceConfig as it is; each Field has a description with its source",
         checks_its_settings,
     ),
     Contract(

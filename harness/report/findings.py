@@ -2,8 +2,8 @@
 
 A statement is a contrast of quantities. Quantities of one training (an arm and the reward that it was trained on) are
 combined within each seed; contrasts over several trainings take them as independent samples of seeds (Welch), or, where
-the preset declares that arms share what is random about a seed, within seeds (paired t). The verdict reads the interval
-that holds for all statements of a claim together (Bonferroni).
+the preset declares that arms share what is random about a seed, within seeds (paired t). A statement is confirmed by
+its own 95 % interval; whether it also holds jointly with all others of its claim (Bonferroni) is said beside it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from harness.stats.effects import standardised
 from harness.stats.intervals import Interval, bonferroni, mean_part, t_interval
 
 CONFIRMED, NOT_CONFIRMED, UNDECIDED, MISSING = "confirmed", "not confirmed", "not decidable at this size", "not run"
+JOINTLY = ", also jointly"
 OWN_SAMPLER, MIX = "own-sampler", "mix"
 Values = Mapping[int, float]  # by training seed
 
@@ -36,13 +37,14 @@ class Judged:
 
     Attributes:
         interval: 95 % for this statement alone. ``joint``: 95 % for all statements of the claim together.
-        verdict: One of the four above.
+        verdict: One of the four above. ``jointly``: whether the joint interval says the same.
     """
 
     statement: Statement
     interval: Interval
     joint: Interval
     verdict: str
+    jointly: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,11 @@ def judge_finding(analysis: Analysis, finding: Finding) -> list[Judged]:
     found = []
     for statement in finding.statements:
         interval, joint = (contrast(analysis, statement, finding.paired, at) for at in (0.95, level))
-        found.append(Judged(statement, interval, joint, _verdict(joint, statement.beyond)))
+        verdict = _verdict(interval, statement.beyond)
+        decided = verdict in (CONFIRMED, NOT_CONFIRMED)
+        found.append(
+            Judged(statement, interval, joint, verdict, decided and verdict == _verdict(joint, statement.beyond))
+        )
     return found
 
 
@@ -199,19 +205,20 @@ def _section(analysis: Analysis, finding: Finding, number: int) -> Section:
         s, beyond = item.statement, f" (must exceed {item.statement.beyond:g})" if item.statement.beyond else ""
         shown = f.DASH if item.verdict == MISSING else f"{f.estimate(item.interval)} {f.markdown(s.unit)}{beyond}"
         together = f.DASH if item.verdict == MISSING else f.bounds(item.joint)
-        rows.append((f.markdown(s.text), shown, together, str(item.interval.n or f.DASH), f"**{item.verdict}**"))
+        word = f"**{item.verdict}**{JOINTLY if item.jointly else ''}"
+        rows.append((f.markdown(s.text), shown, together, str(item.interval.n or f.DASH), word))
         data.append(
             {"statement": s.text, "unit": s.unit, "beyond": s.beyond, "estimate": item.interval.estimate}
             | {"low": item.interval.low, "high": item.interval.high, "n": item.interval.n}
             | {"joint_low": item.joint.low, "joint_high": item.joint.high, "joint_level": item.joint.level}
-            | {"verdict": item.verdict, "note": item.interval.note}
+            | {"verdict": item.verdict, "jointly": item.jointly, "note": item.interval.note}
         )
     how = "within seeds, which arms share" if finding.paired else "between independent seeds (Welch)"
     note = (
         f"Each line is a difference or a sum that the claim expects above zero, with a 95 % t interval over training "
-        f"seeds; differences of trainings are taken {how}. The verdict reads the wider interval, which holds for all "
-        f"{f.plural(len(judged), 'statement')} together (Bonferroni): confirmed if it lies above zero, not confirmed "
-        "if below, else not decidable at this size."
+        f"seeds; differences of trainings are taken {how}. Confirmed: this interval lies above zero; not confirmed: "
+        f"below; else not decidable at this size. {JOINTLY.removeprefix(', ').capitalize()}: so does the wider "
+        f"interval, which holds for all {f.plural(len(judged), 'statement')} together (Bonferroni)."
     )
     table = Table(name, headers, tuple(rows), pd.DataFrame(data), note)
     return Section(
@@ -223,5 +230,7 @@ def _summary(judged: Sequence[Judged]) -> str:
     """Counts by verdict."""
     counts = {verdict: sum(item.verdict == verdict for item in judged) for verdict in
               (CONFIRMED, NOT_CONFIRMED, UNDECIDED, MISSING)}  # fmt: skip
-    parts = [f"{number} {verdict}" for verdict, number in counts.items() if number]
+    together = {verdict: sum(item.verdict == verdict and item.jointly for item in judged) for verdict in counts}
+    jointly = {verdict: f" ({together[verdict]} also jointly)" if together[verdict] else "" for verdict in counts}
+    parts = [f"{number} {verdict}{jointly[verdict]}" for verdict, number in counts.items() if number]
     return f"Of {f.plural(len(judged), 'statement')}: {f.joined(parts)}."

@@ -103,7 +103,8 @@ def test_presets_hold_only_what_exists(name: str) -> None:
     for method in discover("methods"):
         arm = build_arm(ArmConfig(label=method, method=method), config)
         given = config.settings.get(method, {})
-        values = {**arm.config.model_dump(), **arm.config.optimizer.model_dump()}
+        own = arm.config.model_dump()
+        values = {**own.get("optimizer", {}), **own}
         for key, value in given.items():
             if not isinstance(value, dict):
                 assert values[key] == pytest.approx(value), f"{name}: {method}.{key}"
@@ -148,6 +149,16 @@ def test_arms_of_a_run_have_labels_of_their_own() -> None:
     ):
         with pytest.raises(UserError, match=f"'{word}'"):
             RunConfig(methods=("draft",), arms=arms).all_arms()
+
+
+def test_a_method_that_trains_nothing_has_no_optimizer() -> None:
+    """A learning rate of its own stays its own, and the settings of an optimiser that it has not are refused."""
+    config = RunConfig(methods=("noise-opt",))
+    arm = build_arm(ArmConfig(label="x", method="noise-opt", overrides={"learning_rate": 0.3}), config)
+    assert arm.config.model_dump()["learning_rate"] == 0.3
+    for method, overrides in (("noise-opt", {"optimizer": {}}), ("best-of-n", {"learning_rate": 0.1})):
+        with pytest.raises(UserError, match=f"there is no setting {method}.{next(iter(overrides))}"):
+            build_arm(ArmConfig(label="x", method=method, overrides=overrides), config)
 
 
 def test_an_arm_may_have_a_sampler_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""Claims and statements: contrasts are the textbook's, verdicts read the joint interval, what is missing is said."""
+"""Claims and statements: contrasts are the textbook's, verdicts say when they hold jointly, what is missing is said."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_contrasts_are_welch_paired_and_one_sample_intervals(analysis: Analysis)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
-def test_verdicts_read_the_interval_of_all_statements_together(analysis: Analysis) -> None:
+def test_verdicts_say_whether_they_hold_jointly(analysis: Analysis) -> None:
     """True, false, open and absent statements, each with its word; more statements make the joint interval wider."""
     draft, ddpo = {"arm": "draft"}, {"arm": "ddpo"}
     contents = [
@@ -71,14 +71,16 @@ def test_verdicts_read_the_interval_of_all_statements_together(analysis: Analysi
     finding = Finding(title="t", claim="c", source="s", statements=tuple(statement(**one) for one in contents))
     judged = judge_finding(analysis, finding)
     assert [item.verdict for item in judged] == [CONFIRMED, NOT_CONFIRMED, UNDECIDED, MISSING, NOT_CONFIRMED]
+    assert [item.jointly for item in judged] == [True, True, False, False, True]
     assert judged[0].joint.level == pytest.approx(1 - 0.05 / 5)
     assert judged[0].joint.half_width > judged[0].interval.half_width
-    # A statement that holds alone and does not hold jointly stays open.
+    # A statement may hold alone and not jointly.
     edge = (judged[0].joint.low + judged[0].interval.low) / 2
     between = finding.model_copy(
         update={"statements": (statement(**contents[0], beyond=edge), *finding.statements[1:])}
     )
-    assert judge_finding(analysis, between)[0].verdict == UNDECIDED
+    edged = judge_finding(analysis, between)[0]
+    assert (edged.verdict, edged.jointly) == (CONFIRMED, False)
 
 
 def test_gains_on_an_axis_are_read_where_all_have_spent_as_much(analysis: Analysis) -> None:
@@ -129,7 +131,7 @@ def test_the_report_has_a_section_for_every_claim(tmp_path: Path) -> None:
     text = report.read_text(encoding="utf-8")
     assert "## Claim: &lt;b&gt;Bold" in text
     assert "DRaFT \\| wins" in text
-    assert "Of 1 statement: 1 confirmed." in text
+    assert "Of 1 statement: 1 confirmed (1 also jointly)." in text
     table = pd.read_csv(report.with_name("table-finding-1.csv"))
     assert list(table["verdict"]) == ["confirmed"]
     assert table["joint_low"][0] == table["low"][0] > 0

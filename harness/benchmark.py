@@ -114,7 +114,7 @@ def _is_done(run_dir: Path, cell: Cell, grid: Grid) -> bool:
         status.get("state") in ("completed", "diverged")
         and status.get("training_hash") == cell.training_hash
         and all(scored.get(name) == reward.version for name, reward in grid.rewards.items())
-        and not missing_variants(status, grid.config.variants)
+        and not missing_variants(status, grid, cell)
     )
 
 

@@ -29,8 +29,10 @@ from harness.records import (
 from harness.untrained import run_base, run_inference
 from harness.variants import (
     EARLY_STOPPING,
+    OWN_SAMPLER,
     adapter_path,
     bring_up_to_date,
+    own_sampler_rows,
     save_parameters,
     set_parameters,
     settings_of,
@@ -39,7 +41,6 @@ from harness.variants import (
 from harness.workshop import Progress, Workshop
 
 CHECKPOINT_SECONDS = 15.0
-OWN_SAMPLER, OWN_SAMPLER_BASE = "own-sampler", "own-sampler-base"
 
 
 @dataclass
@@ -293,7 +294,7 @@ class CellRun:
         diversity = evaluator.diversity(self._generate)
         self.probes.take(END, self._identity())
         self.probes.collect()
-        rows = [*self._own_sampler_rows(), *self._variant_rows()]
+        rows = self._variant_rows()
         write_final(
             evaluator, self.directory, self._identity(), position, evaluated, pictures, latents, rows, keep_images=keep
         )
@@ -307,8 +308,12 @@ class CellRun:
             self.early_stopping.consider(self._generate, state, self._identity(), self._position(), point)
 
     def _variant_rows(self) -> list[dict[str, Any]]:
-        """Scores of the run's variants; that of early stopping comes last, since it puts an earlier adapter back."""
+        """Scores with the sampler trained with and of the run's variants; early stopping, another adapter, is last."""
         evaluator, model, rows = self.workshop.evaluator, self.workshop.model, []
+        sampler = self.tuner.training_sampler or self.arm.sampler
+        if sampler != evaluator.generation.sampler:
+            self.variants[OWN_SAMPLER] = sampler.model_dump()
+            rows += own_sampler_rows(evaluator, self._generate, sampler, self._identity(), self._position())
         for variant in self.config.variants:
             self.variants[variant.label] = settings_of(variant)
             rows += variant_rows(
@@ -322,21 +327,4 @@ class CellRun:
             self.variants[EARLY_STOPPING] = {}
             rows += variant_rows(evaluator, model, EARLY_STOPPING, {}, self._identity(), best["position"])
             rows += self.early_stopping.rows
-        return rows
-
-    def _own_sampler_rows(self) -> list[dict[str, Any]]:
-        """Scores with the sampler that the method was trained with, adapter on and off, where it is not the run's.
-
-        Otherwise a method that explores with a stochastic sampler would be judged only away from its own policy.
-        """
-        evaluator, sampler = self.workshop.evaluator, self.tuner.training_sampler
-        if sampler is None or sampler == evaluator.generation.sampler:
-            return []
-        evaluated = evaluator.own_sampler_requests()
-        rows: list[dict[str, Any]] = []
-        for variant, scale in ((OWN_SAMPLER, 1.0), (OWN_SAMPLER_BASE, 0.0)):
-            generation = Generation(sampler, lora_scale=scale)
-            pictures, _ = evaluator.pictures(self._generate, [e.request for e in evaluated], generation=generation)
-            scores = evaluator.score(pictures, evaluated)
-            rows += score_rows(self._identity(), self._position(), "final", scores, variant)
         return rows

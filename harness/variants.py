@@ -6,6 +6,7 @@ A variant costs pictures, not training: one that is asked for later is made from
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ import torch
 from safetensors.torch import load_file, save
 
 from harness import store
-from harness.api import DiffusionModel, Generation, Randomness
+from harness.api import DiffusionModel, Generation, Randomness, SamplerConfig
 from harness.config import VariantConfig
 from harness.evaluation import Evaluator
-from harness.grid import Cell
+from harness.grid import Cell, Grid
+from harness.metering import Generate
 from harness.records import POSITION, score_rows, scores_of_missing_rewards
 from harness.sampling import generate
 from harness.workshop import Workshop
 
 EARLY_STOPPING = "early-stopping"
+OWN_SAMPLER, OWN_SAMPLER_BASE = "own-sampler", "own-sampler-base"
 
 
 def variant_rows(
@@ -47,9 +50,8 @@ def variant_rows(
     """
     evaluated = evaluator.variant_requests()
     generation = Generation(evaluator.generation.sampler, **settings)
-    pictures, _ = evaluator.pictures(
-        lambda requests, how: generate(model, requests, how), [e.request for e in evaluated], generation=generation
-    )
+    requests = [e.request for e in evaluated]
+    pictures, _ = evaluator.pictures(partial(generate, model), requests, generation=generation)
     return score_rows(identity, position, "final", evaluator.score(pictures, evaluated, names), label)
 
 
@@ -58,10 +60,44 @@ def settings_of(variant: VariantConfig) -> dict[str, Any]:
     return variant.model_dump(mode="json", exclude_defaults=True)
 
 
-def missing_variants(status: Mapping[str, Any], variants: Sequence[VariantConfig]) -> list[VariantConfig]:
-    """Those that a finished cell has not been evaluated with; none where nothing was trained."""
-    known = status.get("variants", {})
-    return [v for v in variants if v.label not in known] if status.get("kind") == "training" else []
+def own_sampler_rows(
+    evaluator: Evaluator,
+    generate: Generate,
+    sampler: SamplerConfig,
+    identity: Mapping[str, Any],
+    position: Mapping[str, Any],
+    names: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Scores with the sampler that the cell was trained with, adapter on and off.
+
+    Without them a method that explores with a stochastic sampler would be judged only away from its own policy.
+
+    Args:
+        evaluator: Of the run.
+        generate: The cell's generation of pictures.
+        sampler: The one that it was trained with.
+        identity: The cell's.
+        position: Where its training stood.
+        names: Rewards; all unless told.
+    """
+    evaluated = evaluator.own_sampler_requests()
+    rows: list[dict[str, Any]] = []
+    for label, scale in ((OWN_SAMPLER, 1.0), (OWN_SAMPLER_BASE, 0.0)):
+        generation = Generation(sampler, lora_scale=scale)
+        pictures, _ = evaluator.pictures(generate, [e.request for e in evaluated], generation=generation)
+        rows += score_rows(identity, position, "final", evaluator.score(pictures, evaluated, names), label)
+    return rows
+
+
+def missing_variants(status: Mapping[str, Any], grid: Grid, cell: Cell) -> dict[str, dict[str, Any]]:
+    """Labels and settings of what a finished cell has not been evaluated with; none where nothing was trained."""
+    if status.get("kind") != "training":
+        return {}
+    wanted: dict[str, dict[str, Any]] = {variant.label: settings_of(variant) for variant in grid.config.variants}
+    sampler = grid.arms[cell.arm].sampler
+    if sampler != grid.config.sampler:
+        wanted[OWN_SAMPLER] = sampler.model_dump()
+    return {label: settings for label, settings in wanted.items() if label not in status.get("variants", {})}
 
 
 def adapter_path(directory: Path, label: str = "") -> Path:
@@ -89,28 +125,44 @@ def bring_up_to_date(workshop: Workshop, cell: Cell, directory: Path, status: di
     """Score a finished cell with rewards, and evaluate it with variants, that were added since; trains nothing."""
     evaluator, known = workshop.evaluator, status.get("evaluation_rewards", {})
     rewards = [name for name in evaluator.rewards if name not in known]
-    variants = missing_variants(status, workshop.grid.config.variants)
-    if not rewards and not variants:
+    added = missing_variants(status, workshop.grid, cell)
+    if not rewards and not added:
         return
     old = pd.read_parquet(directory / "scores.parquet")
     first = old[(old["point"] == "final") & (old["variant"] == "default")].iloc[0].to_dict()
     identity = {key: first[key] for key in ("cell", "arm", "method", "training_reward", "seed")}
     position = {key: first[key] for key in POSITION}
     rows = scores_of_missing_rewards(evaluator, directory, identity, position, rewards) if rewards else []
-    stored = dict(status.get("variants", {}))
-    model = workshop.model
-    if stored or variants:
-        model.add_adapter(workshop.grid.config.adapter, Randomness(cell.seed, "initial adapter"))
-    for label, settings in stored.items() if rewards else ():
+    before = dict(status.get("variants", {}))
+    if before or added:
+        workshop.model.add_adapter(workshop.grid.config.adapter, Randomness(cell.seed, "initial adapter"))
+    todo = [(label, settings, rewards) for label, settings in before.items() if rewards]
+    todo += [(label, settings, []) for label, settings in added.items() if label not in set(old["variant"])]
+    for label, settings, names in todo:
         kept = label == EARLY_STOPPING
-        load_parameters(model, adapter_path(directory, label if kept else ""))
+        load_parameters(workshop.model, adapter_path(directory, label if kept else ""))
         where = old[old["variant"] == label].iloc[0][list(POSITION)].to_dict() if kept else position
-        rows += variant_rows(evaluator, model, label, settings, identity, where, rewards)
-    for variant in variants:
-        load_parameters(model, adapter_path(directory))
-        stored[variant.label] = settings_of(variant)
-        rows += variant_rows(evaluator, model, variant.label, stored[variant.label], identity, position)
+        rows += _rows_of(workshop, label, settings, identity, where, names)
     store.write_parquet(directory / "scores.parquet", [*old.to_dict("records"), *rows], store.SCORE_COLUMNS)
     versions = {**known, **{name: evaluator.rewards[name].version for name in rewards}}
-    update = {"evaluation_hash": cell.evaluation_hash, "evaluation_rewards": versions, "variants": stored}
+    update = {
+        "evaluation_hash": cell.evaluation_hash,
+        "evaluation_rewards": versions,
+        "variants": {**before, **added},
+    }
     store.write_json(directory / "status.json", {**status, **update})
+
+
+def _rows_of(
+    workshop: Workshop,
+    label: str,
+    settings: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    position: Mapping[str, Any],
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    evaluator, model = workshop.evaluator, workshop.model
+    if label == OWN_SAMPLER:
+        sampler = SamplerConfig.model_validate(settings)
+        return own_sampler_rows(evaluator, partial(generate, model), sampler, identity, position, names)
+    return variant_rows(evaluator, model, label, settings, identity, position, names)

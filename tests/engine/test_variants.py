@@ -117,3 +117,22 @@ def test_a_label_says_all_of_a_variant() -> None:
     """So that two variants of one label are one."""
     assert VariantConfig(lora_scale=0.5, lora_steps=3).label == "lora-scale=0.5 lora-steps=3"
     assert VariantConfig(lora_steps=0).label == "lora-steps=0"
+
+
+def test_an_arm_with_a_sampler_of_its_own_is_evaluated_with_it(bench: Bench) -> None:
+    """Also with the adapter off; a reward that is added later is scored there, too, as if it had been there at once."""
+    arms = [{"label": "long", "method": "draft", "overrides": {"sampler": {"steps": 7}}}]
+    rewards = [bench.reward("Quadratic"), bench.reward("Fragile")]
+    common = {"methods": [], "arms": arms, "settings": {"draft": {"learning_rate": 0.05}}}
+    run = bench.run(rewards=rewards[:1], **common)
+    own, off = (variant(run, label, "long")["score"] for label in ("own-sampler", "own-sampler-base"))
+    assert len(own) == len(off) == 3
+    usual = variant(run, "default", "long")["score"]
+    assert (own != usual.loc[own.index]).all()
+    assert off.mean() < own.mean()
+    bench.run(rewards=rewards, **common)
+    once = bench.run("once", rewards=rewards, **common)
+    late, whole = (scores(cell(path, "long", "Quadratic")).set_index(KEY).sort_index() for path in (run, once))
+    final = whole[whole.index.get_level_values("point") == "final"]
+    assert late.index.is_unique
+    pd.testing.assert_frame_equal(late.loc[final.index], final, check_exact=True)

@@ -130,6 +130,9 @@ def _refuse_changed(grid: Grid, run_dir: Path) -> None:
         both = stored["evaluation"]["rewards"].keys() & grid.rewards.keys()
         for evaluation in (stored["evaluation"], now["evaluation"]):
             evaluation["rewards"] = {name: v for name, v in evaluation["rewards"].items() if name in both}
+        if set(now["evaluation"].get("probes", [])) <= set(stored["evaluation"].get("probes", [])):
+            stored["evaluation"].pop("probes", None)  # what was measured and is not asked for any more is kept, too
+            now["evaluation"].pop("probes", None)
         changes = _differences(_plain(stored), _plain(now))
         if changes:
             raise UserError(

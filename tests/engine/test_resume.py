@@ -60,6 +60,19 @@ def test_asking_for_less_keeps_what_is_there(bench: Bench) -> None:
     assert [reward["name"] for reward in after["rewards"]] == [reward["name"] for reward in before["rewards"]]
 
 
+def test_probes_that_are_not_asked_for_any_more_are_kept(bench: Bench) -> None:
+    """Further seeds may do without them; probes that old cells have not taken are refused with the difference."""
+    run = bench.run(methods=["draft"], probes=["gradient-norms"])
+    bench.run(methods=["draft"], seeds=[0, 1])
+    (first, second) = cells(run)
+    assert bench.ran == [second]
+    taken = pd.read_parquet(run / "cells" / first / "probes.parquet")
+    assert set(taken["point"]) == {"start", "middle", "end"}
+    assert set(taken["quantity"]) == {"norm-latents", "norm-adapter", "norm-adapter-total"}
+    with pytest.raises(UserError, match="probes"):
+        bench.run(methods=["draft"], seeds=[0, 1], probes=["gradient-norms"])
+
+
 @pytest.mark.parametrize("keep", ["final", "none"])
 def test_a_new_reward_scores_and_does_not_train(bench: Bench, keep: str) -> None:
     """Old cells are scored by a reward that was added, from what they stored, as if it had been there at once."""

@@ -299,7 +299,7 @@ def parse_variants(scales: str, steps: str) -> list[dict[str, Any]]:
         raise UserError(f"--lora-scale {scales!r} --lora-steps {steps!r}: write numbers, as 0.5,0.75 and 3,5") from None
 
 
-RUN_SECTIONS = ("sampler", "adapter", "budget", "evaluation")
+RUN_SECTIONS = ("sampler", "adapter", "budget", "evaluation", "early_stopping")
 
 
 def parse_set(items: Sequence[str]) -> dict[str, Any]:

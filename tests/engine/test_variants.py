@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from harness.config import VariantConfig
+from harness.config import VariantConfig, parse_set, parse_variants, resolve
 from harness.errors import UserError
 from tests.engine.fakes import Bench, scores
 from tests.engine.test_run import cell
@@ -111,6 +111,20 @@ def test_impossible_variants_are_refused(bench: Bench) -> None:
         bench.run(variants=[{"lora_scale": 1.0}])
     with pytest.raises(UserError, match="'nothing' scores nothing in this run"):
         bench.run(early_stopping={"reward": "nothing"})
+
+
+def test_the_command_line_names_variants_and_early_stopping() -> None:
+    """Comma-separated strengths and steps are a variant each; early stopping is a section of the run's settings."""
+    ways = parse_variants("0.5,0.75", "3")
+    assert [VariantConfig.model_validate(way).label for way in ways] == [
+        "lora-scale=0.5", "lora-scale=0.75", "lora-steps=3"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="write numbers"):
+        parse_variants("half", "")
+    given = parse_set(["early_stopping.reward=emoji-clip-heldout", "early_stopping.prompts=4"])
+    stopping = resolve(given).early_stopping
+    assert stopping is not None
+    assert (stopping.reward, stopping.prompts) == ("emoji-clip-heldout", 4)
 
 
 def test_a_label_says_all_of_a_variant() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.api import Adapter, MethodConfig, Prompt, Randomness, Request, UserError
+from harness.api import Adapter, Prompt, Randomness, Request, UserError
 from harness.grid import Arm
 from harness.metering import TrainingReward
 from harness.probes import Moments, gradient_norms, gradient_variance, independent_requests
@@ -148,7 +148,8 @@ def test_norms_that_are_no_numbers_are_kept(gaussian: GaussianModel) -> None:
 def arm(setup: Lab, method: str | type[Draft], label: str = "", **settings: Any) -> Arm:
     """An arm of the lab."""
     found = load_method(method) if isinstance(method, str) else method
-    config: MethodConfig = found.Config.model_validate({"optimizer": STILL, **settings})
+    still = {"optimizer": STILL} if "optimizer" in found.Config.model_fields else {}
+    config = found.Config.model_validate({**still, **settings})
     return Arm(label or str(method), str(method), found, config, setup.context.sampler, "off", {})
 
 

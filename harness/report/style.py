@@ -13,6 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, without yellow
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -20,7 +21,7 @@ LINES = ("-", "--", ":")
 BASE_COLOUR = "#000000"
 INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
 DPI = 150
-PICTURE_DPI = 90
+PICTURE_DPI = 75
 DIVERGING, CORRELATION = "RdBu", "PuOr"
 
 
@@ -86,12 +87,17 @@ def drawing() -> Iterator[None]:
 def write_figure(figure: Figure, path: Path, *, vector: bool = True) -> None:
     """Write `path`.png and `path`.svg, the same bytes for the same figure.
 
-    A figure that has no SVG is made of pictures, which do not get sharper with more pixels: its PNG has fewer.
+    Files stay small: a figure that has no SVG is made of pictures, which do not get sharper with more pixels; the
+    others have few colours, so that a palette of 256 does.
     """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # placed once: every format gets the same layout
-    figure.savefig(path.with_suffix(".png"), dpi=DPI if vector else PICTURE_DPI, metadata={"Software": None})
+    png = path.with_suffix(".png")
+    figure.savefig(png, dpi=DPI if vector else PICTURE_DPI, metadata={"Software": None})
     if vector:
+        with Image.open(png) as drawn:
+            indexed = drawn.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        indexed.save(png, optimize=True)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 

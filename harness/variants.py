@@ -136,9 +136,9 @@ def bring_up_to_date(workshop: Workshop, cell: Cell, directory: Path, status: di
     before = dict(status.get("variants", {}))
     if before or added:
         workshop.model.add_adapter(workshop.grid.config.adapter, Randomness(cell.seed, "initial adapter"))
-    todo = [(label, settings, rewards) for label, settings in before.items() if rewards]
-    todo += [(label, settings, []) for label, settings in added.items() if label not in set(old["variant"])]
-    for label, settings, names in todo:
+    missing = [(label, settings, rewards) for label, settings in before.items() if rewards]
+    missing += [(label, settings, []) for label, settings in added.items() if label not in set(old["variant"])]
+    for label, settings, names in missing:
         kept = label == EARLY_STOPPING
         load_parameters(workshop.model, adapter_path(directory, label if kept else ""))
         where = old[old["variant"] == label].iloc[0][list(POSITION)].to_dict() if kept else position

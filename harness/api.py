@@ -21,11 +21,13 @@ from harness.cost import Cost, CostRange
 from harness.errors import Diverged, UserError
 from harness.prompts import Prompt, PromptSuite
 from harness.randomness import Randomness
+from harness.rewarding import ConfiguredReward, Embedding, Reward, RewardConfig, WeightFile
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
     "Conditioning",
+    "ConfiguredReward",
     "Context",
     "Cost",
     "CostRange",
@@ -45,9 +47,11 @@ __all__ = [
     "Randomness",
     "Request",
     "Reward",
+    "RewardConfig",
     "SamplerConfig",
     "TrainedFineTuner",
     "UserError",
+    "WeightFile",
 ]
 
 
@@ -223,66 +227,6 @@ class DiffusionModel(ABC):
         """x_t = alpha*x0 + sigma*noise."""
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x0_BCHW + sigma * noise_BCHW
-
-
-Role = Literal["proxy", "held-out", "gold"]
-
-
-class Reward(ABC):
-    """Pictures and prompts in, one float per picture out; larger is better for every reward.
-
-    Implementations are built by `Class(device)` and set the class attributes, which `list rewards` shows.
-
-    Attributes:
-        name: On the command line; the file's name with dashes unless a file holds several.
-        version: Bumped whenever its numbers change.
-        differentiable: Whether a gradient reaches the pictures.
-        role: `proxy` (may be trained on), `held-out` (another measure of the same thing, never trained on), `gold`
-            (the truth as well as it can be measured; shares no weights with any reward).
-        unit: Unit of the score, for axes and tables.
-        family: `any`, or the model family that it makes sense on (`emoji`).
-    """
-
-    name: ClassVar[str]
-    version: ClassVar[str]
-    differentiable: ClassVar[bool]
-    role: ClassVar[Role]
-    unit: ClassVar[str]
-    family: ClassVar[str] = "any"
-
-    @abstractmethod
-    def __init__(self, device: torch.device) -> None:
-        """Load what is needed onto `device`, once. Computes in float32."""
-
-    @abstractmethod
-    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32, on the published scale, of pictures float (B, 3, H, W), nominally in [0, 1]."""
-
-    @abstractmethod
-    def applies(self, prompt: Prompt) -> bool:
-        """Whether the score is defined for this prompt; where not, it is missing in records, not zero."""
-
-
-class Embedding(ABC):
-    """Pictures to vectors, for diversity and drift; never trained on. Found in rewards/, as rewards are.
-
-    Attributes:
-        name: Shown in reports.
-        version: Bumped whenever its numbers change.
-        family: `any`, or the model family that it was made for.
-    """
-
-    name: ClassVar[str]
-    version: ClassVar[str]
-    family: ClassVar[str] = "any"
-
-    @abstractmethod
-    def __init__(self, device: torch.device) -> None:
-        """Load what is needed onto `device`, once."""
-
-    @abstractmethod
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Vectors (B, D), float32, of pictures in [0, 1]; compared by their cosine."""
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,10 @@ class DiffusionModel(ABC):
         """The trainable parameters of the adapter by name; every other parameter is frozen."""
 
     @abstractmethod
+    def parameter_count(self) -> int:
+        """Parameters of the denoiser, the adapter's left out: shown in reports."""
+
+    @abstractmethod
     def save_adapter(self, directory: Path) -> None:
         """Export the adapter in the model family's exchange format (diffusers' `load_lora_weights` reads it)."""
 

@@ -44,7 +44,7 @@ def check_arms(grid: Grid) -> None:
         UserError: A method refuses its settings, or the budget does not pay for one iteration of it.
     """
     budget = grid.config.budget
-    declared = {name: _Declared(reward) for name, reward in grid.rewards.items()}
+    declared = {name: Declared(source.reward) for name, source in grid.rewards.items()}
     for arm in grid.arms.values():
         for expression, terms in grid.training_rewards.items():
             tuner = assemble(grid, arm, expression, declared, Meter(), seed=0)
@@ -56,7 +56,7 @@ def check_arms(grid: Grid) -> None:
                 )
 
 
-class _Declared(Reward):
+class Declared(Reward):
     """A reward by what its class says; it cannot score."""
 
     def __init__(self, reward: type[Reward]) -> None:

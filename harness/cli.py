@@ -30,6 +30,12 @@ def run(
         list[str] | None, typer.Option(help="'label: method key=value ...'; repeat for an ablation.")
     ] = None,
     rewards: Annotated[str, typer.Option(help="Training rewards, e.g. emoji-3d,2*emoji-3d+1*emoji-clip.")] = "",
+    eval_rewards: Annotated[
+        str, typer.Option(help="Score with these, too, or with all: rewards whose weights are at hand.")
+    ] = "",
+    reward_weights: Annotated[
+        list[str] | None, typer.Option(help="hpsv2.1=path/to/file.pt: a file, a directory or owner/name@revision.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="5 means 0..4; 0,3,7 is a list; 10-14 a range.")] = "",
     model: Annotated[str, typer.Option(help="emoji (embedded), a pipeline directory, or a hub id.")] = "",
     revision: Annotated[str, typer.Option(help="Revision of a hub id.")] = "",
@@ -69,6 +75,12 @@ def run(
         "device": device, "dtype": dtype, "keep_images": keep_images, "workers": workers,
     }  # fmt: skip
     flags: dict[str, Any] = {key: value for key, value in simple.items() if value}
+    if eval_rewards:
+        flags["evaluation_rewards"] = _words(eval_rewards)
+    if reward_weights:
+        from harness.reward_sources import parse_weights
+
+        flags["reward_weights"] = parse_weights(reward_weights)
     if methods:
         flags["methods"] = _words(methods)
     if arm:
@@ -103,7 +115,9 @@ def run(
 
 
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    from harness.config import split_outside_brackets
+
+    return [word.strip() for word in split_outside_brackets(text, ",") if word.strip()]
 
 
 @app.command()

@@ -176,7 +176,16 @@ class RunConfig(BaseModel):
 
     methods: tuple[str, ...] = ()
     arms: tuple[ArmConfig, ...] = ()
-    rewards: tuple[str, ...] = ("emoji-3d",)
+    rewards: tuple[str, ...] = Field(("emoji-3d",), description="What is trained on: one cell for each.")
+    evaluation_rewards: tuple[str, ...] = Field(
+        (), description="Rewards that score every cell beside those trained on and those of the model's family; or all."
+    )
+    reward_weights: dict[str, str] = Field(
+        {}, description="Where a reward's weights are: a file, a directory, or owner/name@revision; default: the hub."
+    )
+    reward_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of reward networks while training on them; evaluation is always float32."
+    )
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     model: str = "emoji"
     revision: str | None = None
@@ -275,6 +284,11 @@ def parse_arm(text: str) -> ArmConfig:
         key, _, value = word.partition("=")
         _assign(overrides, key.split("."), _scalar(f"--arm {text!r}", value))
     return ArmConfig(label=label.strip(), method=words[0], overrides=overrides)
+
+
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """Parts between separators that are in no square brackets: those belong to a reward's settings."""
+    return re.split(rf"{re.escape(separator)}(?![^\[]*\])", text)
 
 
 def parse_budget(text: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from harness.api import DiffusionModel, Embedding, Generation, Prompt, Randomnes
 from harness.config import EvaluationConfig
 from harness.metering import Generate
 from harness.metrics.diversity import pairwise_distance, vendi_score
+from harness.reward_sources import RewardSource
 
 Pictures = NDArray[np.uint8]
 
@@ -68,7 +70,7 @@ class Evaluator:
 
     Args:
         model: The unmetered model.
-        rewards: Fresh instances by name, not those that training used.
+        sources: The rewards by name; the instances are its own, not those that training uses, and built when needed.
         embedding: For diversity.
         splits: Prompts by split, in order.
         config: How many of what.
@@ -78,14 +80,24 @@ class Evaluator:
     def __init__(
         self,
         model: DiffusionModel,
-        rewards: Mapping[str, Reward],
+        sources: Mapping[str, RewardSource],
         embedding: Embedding,
         splits: Mapping[str, Sequence[Prompt]],
         config: EvaluationConfig,
         generation: Generation,
     ) -> None:
-        self.model, self.rewards, self.embedding = model, rewards, embedding
+        self.model, self.sources, self.embedding = model, sources, embedding
         self.splits, self.config, self.generation = splits, config, generation
+
+    @cached_property
+    def rewards(self) -> dict[str, Reward]:
+        """Instances by name, in float32."""
+        return {name: source.build(self.model.device) for name, source in self.sources.items()}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What identifies the numbers of each reward: its version, and its weights where it has any."""
+        return {name: source.version for name, source in self.sources.items()}
 
     def final_requests(self) -> list[Evaluated]:
         """All prompts of all splits with all latents."""
@@ -136,7 +148,7 @@ class Evaluator:
         for start in range(0, len(evaluated), self.config.batch):
             part = evaluated[start : start + self.config.batch]
             images = from_8_bit(pictures[start : start + self.config.batch], self.model.device)
-            for name in names or self.rewards:
+            for name in names or self.sources:
                 reward = self.rewards[name]
                 rows = [i for i, item in enumerate(part) if reward.applies(item.request.prompt)]
                 if rows:

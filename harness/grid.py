@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 import harness
 from harness.api import DiffusionModel, FineTuner, InferenceConfig, InferenceFineTuner, Prompt, PromptSuite, Reward
-from harness.config import ArmConfig, RunConfig, SamplerConfig, explain
+from harness.config import ArmConfig, RunConfig, SamplerConfig, explain, split_outside_brackets
 from harness.errors import UserError, nearest
 from harness.prompts import SPLITS
 from harness.registry import (
@@ -26,16 +26,17 @@ from harness.registry import (
     find_model,
     load_method,
     load_model,
-    load_reward,
     load_suite,
     reward_names,
 )
+from harness.reward_sources import RewardSource, find_all, find_reward
 
 SCHEMA = 1
 BASE_CELL = "base"
 # What changes neither a cell nor which cells there are: the directory of a run does not depend on it.
 ADDED_LATER = {
     *("out", "workers", "device", "keep_images", "timing", "timing_repetitions", "variants", "mixes", "findings"),
+    *("evaluation_rewards", "reward_weights"),
 }
 
 
@@ -140,7 +141,7 @@ def parse_reward(expression: str) -> list[tuple[float, str]]:
         UserError: A term has another form.
     """
     terms = []
-    for term in expression.split("+"):
+    for term in split_outside_brackets(expression, "+"):
         match = re.fullmatch(r"\s*(?:(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*\*)?\s*([^*\s][^*]*?)\s*", term)
         if not match:
             raise UserError(f"the reward {expression!r} is not understood: write 2*emoji-3d+1*emoji-clip")
@@ -172,9 +173,7 @@ class Grid:
         self.suite: PromptSuite = load_suite(config.suite or default_suite(self.source))
         self.training_rewards = {expression: parse_reward(expression) for expression in config.rewards}
         trained_on = [name for terms in self.training_rewards.values() for _, name in terms]
-        self.rewards: dict[str, type[Reward]] = {
-            name: load_reward(name) for name in dict.fromkeys([*trained_on, *reward_names(self.source.family)])
-        }
+        self.rewards: dict[str, RewardSource] = self._find_rewards(trained_on)
         self._check_rewards(trained_on)
         self._check_variants()
         self.model = model or load_model(self.source, pick_device(config.device), pick_dtype(config), config.revision)
@@ -185,9 +184,20 @@ class Grid:
         }
         self.cells = [self._base_cell(), *self._cells_of_arms()]
 
+    def _find_rewards(self, trained_on: Sequence[str]) -> dict[str, RewardSource]:
+        """What training and evaluation need, and nothing that lacks its weights, before anything is spent."""
+        weights, family = self.config.reward_weights, self.source.family
+        every = find_all(family, weights)[0] if "all" in self.config.evaluation_rewards else {}
+        asked = [name for name in self.config.evaluation_rewards if name != "all"]
+        names = dict.fromkeys([*trained_on, *asked, *reward_names(family), *every])
+        found = {name: every.get(name) or find_reward(name, weights) for name in names}
+        for source in found.values():
+            source.check()
+        return found
+
     def _check_rewards(self, trained_on: Sequence[str]) -> None:
         for name in trained_on:
-            reward = self.rewards[name]
+            reward = self.rewards[name].reward
             if reward.role != "proxy":
                 raise UserError(f"{name} is a {reward.role} reward: it only judges, and is never trained on")
             for arm in self.arms.values():
@@ -226,6 +236,7 @@ class Grid:
             ],
             "seed": seed,
             "sampler": arm.sampler.model_dump(),
+            **({} if self.config.reward_dtype == "float32" else {"reward_dtype": self.config.reward_dtype}),
             **own,
             "suite": self.suite.sha256,
             "model": self.fingerprint,
@@ -234,6 +245,11 @@ class Grid:
 
     def _trained_with(self) -> dict[str, Any]:
         return {"adapter": self.config.adapter.model_dump(), "budget": self.config.budget.model_dump()}
+
+    def build_training_rewards(self, names: Iterable[str]) -> dict[str, Reward]:
+        """Instances of these rewards for training, in the dtype that the run asks for."""
+        dtype: torch.dtype = getattr(torch, self.config.reward_dtype)
+        return {name: self.rewards[name].build(self.model.device, dtype) for name in dict.fromkeys(names)}
 
     def evaluation_identity(self) -> dict[str, Any]:
         """Everything that scores depend on beyond the adapter."""
@@ -308,7 +324,7 @@ class Grid:
     def describe(self, passed: Mapping[str, Any]) -> dict[str, Any]:
         """The content of run.json (see results/README.md)."""
         methods = discover("methods")
-        parameters = sum(p.numel() for p in getattr(self.model, "unet", torch.nn.Module()).parameters())
+        parameters = self.model.parameter_count()
         return {
             "schema": SCHEMA,
             "config": self.config.model_dump(mode="json", exclude={"out", "workers", "device"}),
@@ -335,14 +351,15 @@ class Grid:
             "rewards": [
                 {
                     "name": name,
-                    "version": reward.version,
-                    "role": reward.role,
-                    "differentiable": reward.differentiable,
-                    "unit": reward.unit,
-                    "family": reward.family,
-                    "description": (reward.__doc__ or "").split("\n")[0],
+                    "version": source.version,
+                    "role": source.reward.role,
+                    "differentiable": source.reward.differentiable,
+                    "unit": source.reward.unit,
+                    "family": source.reward.family,
+                    "description": (source.reward.__doc__ or "").split("\n")[0],
+                    "weights_sha256": dict(source.sha256),
                 }
-                for name, reward in self.rewards.items()
+                for name, source in self.rewards.items()
             ],
             "seeds": list(self.config.seeds),
             "suite": {

@@ -111,6 +111,10 @@ class MeteredModel(DiffusionModel):
         """As the inner model."""
         return self._inner.adapter_parameters()
 
+    def parameter_count(self) -> int:
+        """As the inner model."""
+        return self._inner.parameter_count()
+
     def save_adapter(self, directory: Path) -> None:
         """As the inner model."""
         self._inner.save_adapter(directory)

@@ -327,7 +327,7 @@ class _Making:
             "left_out": self.left_out,
             "files": ["scores.parquet", *(str(path.relative_to(self.directory)) for path in adapters)],
             "made_of": self.made_of,
-            "evaluation_rewards": {name: r.version for name, r in self.workshop.evaluator.rewards.items()},
+            "evaluation_rewards": self.workshop.evaluator.versions,
         }
 
 

@@ -105,7 +105,7 @@ def write_status(
             "generation_cost": dict(generation_cost),
             "training_hash": cell.training_hash,
             "evaluation_hash": cell.evaluation_hash,
-            "evaluation_rewards": {name: r.version for name, r in evaluator.rewards.items()},
+            "evaluation_rewards": evaluator.versions,
             "variants": {label: dict(settings) for label, settings in (variants or {}).items()},
             "started": started,
             "finished": store.utc_now(),

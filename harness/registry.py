@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"methods": "methods", "rewards": "rewards", "embeddings": "rewards", "suites": "prompts"}
-BASES = {"rewards": "Reward", "embeddings": "Embedding"}
+BASES = {"rewards": {"Reward", "ConfiguredReward"}, "embeddings": {"Embedding"}}
 METHOD_KINDS = {"TrainedFineTuner": "training", "InferenceFineTuner": "inference"}
 
 
@@ -74,7 +74,7 @@ def _read(tree: ast.Module, module: str, kind: str, bases: dict[str, list[str]])
         return [Plugin(default, module, "suite", description, {})] if "suite" in functions else []
     plugins = []
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and _is_kind(node, kind):
+        if isinstance(node, ast.ClassDef) and (kind not in BASES or BASES[kind] & set(_above(node.name, bases))):
             attributes = _literals(node)
             if "version" in attributes:
                 if kind == "methods":
@@ -84,10 +84,6 @@ def _read(tree: ast.Module, module: str, kind: str, bases: dict[str, list[str]])
     return plugins
 
 
-def _is_kind(node: ast.ClassDef, kind: str) -> bool:
-    return kind not in BASES or BASES[kind] in [base.id for base in node.bases if isinstance(base, ast.Name)]
-
-
 def _bases(tree: ast.Module) -> dict[str, list[str]]:
     """Names of the classes that each class of a file subclasses, type arguments left out."""
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -95,11 +91,16 @@ def _bases(tree: ast.Module) -> dict[str, list[str]]:
 
 
 def _method_kind(name: str, bases: dict[str, list[str]]) -> str:
-    """What a class is in the end, as far as the classes in `bases` tell."""
+    """What a class is in the end."""
+    return next((METHOD_KINDS[one] for one in _above(name, bases) if one in METHOD_KINDS), "")
+
+
+def _above(name: str, bases: dict[str, list[str]]) -> list[str]:
+    """A class and what it subclasses, as far as the classes in `bases` tell."""
     above = [name]
     for one in above:
         above += [base for base in bases.get(one, []) if base not in above]
-    return next((METHOD_KINDS[one] for one in above if one in METHOD_KINDS), "")
+    return above
 
 
 def _literals(node: ast.ClassDef) -> dict[str, Any]:

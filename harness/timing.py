@@ -76,7 +76,7 @@ def measure(config: RunConfig, label: str) -> dict[str, float]:
     grid = Grid(config.model_copy(update={"workers": 1}))
     arm, model, meter = grid.arms[label], grid.model, Meter()
     expression, terms = next(iter(grid.training_rewards.items()))
-    rewards = {name: grid.rewards[name](model.device) for _, name in terms}
+    rewards = grid.build_training_rewards(name for _, name in terms)
     tuner = assemble(grid, arm, expression, rewards, meter, seed=0)
     stream = request_stream(grid.training_prompts(), model.latent_shape, 0)
     measured = {}

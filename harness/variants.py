@@ -124,7 +124,7 @@ def set_parameters(model: DiffusionModel, values: Mapping[str, torch.Tensor]) ->
 def bring_up_to_date(workshop: Workshop, cell: Cell, directory: Path, status: dict[str, Any]) -> None:
     """Score a finished cell with rewards, and evaluate it with variants, that were added since; trains nothing."""
     evaluator, known = workshop.evaluator, status.get("evaluation_rewards", {})
-    rewards = [name for name in evaluator.rewards if name not in known]
+    rewards = [name for name in evaluator.sources if name not in known]
     added = missing_variants(status, workshop.grid, cell)
     if not rewards and not added:
         return
@@ -144,7 +144,7 @@ def bring_up_to_date(workshop: Workshop, cell: Cell, directory: Path, status: di
         where = old[old["variant"] == label].iloc[0][list(POSITION)].to_dict() if kept else position
         rows += _rows_of(workshop, label, settings, identity, where, names)
     store.write_parquet(directory / "scores.parquet", [*old.to_dict("records"), *rows], store.SCORE_COLUMNS)
-    versions = {**known, **{name: evaluator.rewards[name].version for name in rewards}}
+    versions = {**known, **{name: evaluator.versions[name] for name in rewards}}
     update = {
         "evaluation_hash": cell.evaluation_hash,
         "evaluation_rewards": versions,

@@ -22,11 +22,10 @@ class Workshop:
         self.grid = grid
         self.model = grid.model
         self.keep_images = grid.config.keep_images == "final"
-        self._training = {name: reward for name, reward in grid.rewards.items() if name in _trained_on(grid)}
-        self.training_rewards = {name: reward(self.model.device) for name, reward in self._training.items()}
+        self.training_rewards = grid.build_training_rewards(_trained_on(grid))
         self.evaluator = Evaluator(
             self.model,
-            {name: reward(self.model.device) for name, reward in grid.rewards.items()},
+            grid.rewards,
             load_embedding(grid.source.family)(self.model.device),
             grid.evaluated,
             grid.config.evaluation,
@@ -34,5 +33,5 @@ class Workshop:
         )
 
 
-def _trained_on(grid: Grid) -> set[str]:
-    return {name for terms in grid.training_rewards.values() for _, name in terms}
+def _trained_on(grid: Grid) -> list[str]:
+    return [name for terms in grid.training_rewards.values() for _, name in terms]

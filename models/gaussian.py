@@ -79,6 +79,10 @@ class GaussianModel(DiffusionModel):
         """`bias` and `gain`, each (3, 1, 1)."""
         return self._adapter
 
+    def parameter_count(self) -> int:
+        """None: the score is a formula."""
+        return 0
+
     def save_adapter(self, directory: Path) -> None:
         """`adapter.safetensors`."""
         directory.mkdir(parents=True, exist_ok=True)

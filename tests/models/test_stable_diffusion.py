@@ -125,7 +125,7 @@ def test_a_fresh_adapter_changes_nothing(model: StableDiffusion) -> None:
     model.add_adapter(AdapterConfig(rank=4), Randomness(0))
     assert torch.equal(output(model, Adapter()), output(model, Adapter(scale=0.0)))
     found = model.adapter_parameters()
-    assert {name for name, p in model.unet.named_parameters() if p.requires_grad} == found.keys()
+    assert {name for name, p in model.denoiser.named_parameters() if p.requires_grad} == found.keys()
     for name, parameter in found.items():
         assert parameter.dtype == torch.float32
         assert bool((parameter == 0).all()) == (".lora_B." in name)
@@ -154,7 +154,7 @@ def test_strength_scales_the_update(adapted: StableDiffusion) -> None:
         name: p.detach() * (0.5 if ".lora_B." in name else 1.0) for name, p in adapted.adapter_parameters().items()
     }
     torch.testing.assert_close(half, output(adapted, Adapter(parameters=halved)), rtol=1e-5, atol=1e-5)
-    layer = adapted.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    layer = adapted.denoiser.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
     probe = Randomness(9).normal((5, layer.in_features), "probe")
     updates = []
     for scale in (0.0, 0.5, 1.0):
@@ -164,9 +164,9 @@ def test_strength_scales_the_update(adapted: StableDiffusion) -> None:
     torch.testing.assert_close(updates[2], (3.0 * probe @ a.T @ b.T).detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(updates[1], updates[2] / 2, rtol=1e-4, atol=1e-5)
     assert not updates[0].any()
-    adapted.unet.disable_adapters()
+    adapted.denoiser.disable_adapters()
     bare = output(adapted, Adapter())
-    adapted.unet.enable_adapters()
+    adapted.denoiser.enable_adapters()
     torch.testing.assert_close(base, bare, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(base, full, atol=1e-3)
 
@@ -192,7 +192,7 @@ def test_fingerprint_is_that_of_the_base(pipeline_directory: Path, tmp_path: Pat
     copied = shutil.copytree(pipeline_directory, tmp_path / "elsewhere")
     other = StableDiffusion(str(copied), CPU)
     assert other.fingerprint() == before
-    for part in (other.unet, other.vae, other.text_encoder):
+    for part in (other.denoiser, other.vae, other.text_encoders["text_encoder"]):
         weight = next(part.parameters())
         with torch.no_grad():
             weight.view(-1)[0] += 1e-3
@@ -253,7 +253,7 @@ def test_a_directory_without_safetensors(pipeline_directory: Path, tmp_path: Pat
     model = StableDiffusion(str(pipeline_directory), CPU)
     weights = directory / "unet" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
-    torch.save(model.unet.state_dict(), directory / "unet" / "diffusion_pytorch_model.bin")
+    torch.save(model.denoiser.state_dict(), directory / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"no file named diffusion_pytorch_model.safetensors"):
         StableDiffusion(str(directory), CPU)
 

@@ -63,6 +63,10 @@ class TimedGaussian(DiffusionModel):
         """`bias` and `gain`, each (T, 3, 1, 1)."""
         return self._adapter
 
+    def parameter_count(self) -> int:
+        """As the Gaussian model."""
+        return self._base.parameter_count()
+
     def save_adapter(self, directory: Path) -> None:
         """Not needed by tests."""
         raise NotImplementedError

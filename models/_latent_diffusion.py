@@ -1,0 +1,251 @@
+"""What latent diffusion models share: a denoiser with LoRA, an AutoencoderKL, encoded prompts, parts read from disk."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, ModelMixin
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from harness.api import Adapter, AdapterConfig, Conditioning, DiffusionModel, Randomness, UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of a family's directory, each with the class that reads it; `vae` is an AutoencoderKL in all.
+
+    Attributes:
+        pipeline: The family's pipeline in diffusers, which writes adapters.
+        denoiser: `unet` or `transformer`, with its class.
+        text_encoders: By folder.
+        tokenizers: By folder.
+        scheduler: Class of the folder `scheduler`.
+    """
+
+    pipeline: type[Any]
+    denoiser: tuple[str, type[Any]]
+    text_encoders: Mapping[str, type[Any]]
+    tokenizers: Mapping[str, type[Any]]
+    scheduler: type[Any]
+
+    @property
+    def folders(self) -> list[str]:
+        """All of them."""
+        return [self.denoiser[0], "vae", *self.text_encoders, *self.tokenizers, "scheduler"]
+
+
+class LatentDiffusion(DiffusionModel):
+    """A denoiser of an AutoencoderKL's latents that is told what text encoders say.
+
+    Subclasses say how a prompt is encoded, what the denoiser is called with, and which noise levels it knows.
+
+    Args:
+        source: A local directory in the layout of the family's pipeline, or a hub id (`HF_HOME` and `HF_HUB_OFFLINE`
+            are honoured). Only safetensors are read.
+        device: Where to run.
+        dtype: Dtype of the denoiser and of latents. The adapter stays float32. The autoencoder is float32 where this
+            is shorter, since half precision overflows in it; text encoders are float32 where this is float16.
+        revision: Of a hub id.
+
+    Attributes:
+        denoiser: The UNet or transformer, frozen but for the adapter.
+        vae: The autoencoder, frozen.
+        text_encoders: Frozen, by folder.
+        tokenizers: By folder.
+        scheduler: As stored; only its settings are used.
+
+    Raises:
+        UserError: The directory lacks a part, or a part cannot be loaded.
+    """
+
+    layout: ClassVar[Layout]
+
+    denoiser: ModelMixin
+    vae: AutoencoderKL
+    text_encoders: dict[str, PreTrainedModel]
+    tokenizers: dict[str, Any]
+    scheduler: Any
+
+    def __init__(
+        self, source: str, device: torch.device, dtype: torch.dtype = torch.float32, revision: str | None = None
+    ) -> None:
+        self.name = Path(source).name if Path(source).is_dir() else source
+        self.device, self.dtype = device, dtype
+        parts = _load_parts(source, self.layout, dtype, revision)
+        self.denoiser = _frozen(parts[self.layout.denoiser[0]], device)
+        self.vae = _frozen(parts["vae"], device)
+        self.text_encoders = {folder: _frozen(parts[folder], device) for folder in self.layout.text_encoders}
+        self.tokenizers = {folder: parts[folder] for folder in self.layout.tokenizers}
+        self.scheduler = parts["scheduler"]
+        self.training_timesteps = int(self.scheduler.config.num_train_timesteps)
+        self._texts: dict[str, dict[str, Tensor]] = {}
+        self._lora_layers: list[LoraLayer] = []
+
+    @abstractmethod
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the denoiser is told about each prompt: tensors with a leading dimension B, any floating dtype."""
+
+    @abstractmethod
+    def identity(self) -> tuple[object, ...]:
+        """What determines the pictures beside weights and vocabularies, with a `repr` that tells it apart."""
+
+    def condition(self, texts: Sequence[str]) -> Conditioning:
+        """What `encode_texts` gives, in the denoiser's dtype; each text is encoded once."""
+        missing = sorted(set(texts) - self._texts.keys())
+        if missing:
+            with torch.no_grad():
+                encoded = {name: rows.to(self.dtype) for name, rows in self.encode_texts(missing).items()}
+            for row, text in enumerate(missing):
+                self._texts[text] = {name: rows[row] for name, rows in encoded.items()}
+        rows = [self._texts[text] for text in texts]
+        return Conditioning({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+    def network(self, adapter: Adapter, **inputs: Any) -> Tensor:
+        """The denoiser's output, with the adapter at the strength that this call asks for."""
+        for layer in self._lora_layers:
+            layer.scaling["default"] = layer.lora_alpha["default"] / layer.r["default"] * adapter.scale
+        if adapter.parameters is None:
+            output: Tensor = self.denoiser(**inputs, return_dict=False)[0]
+        else:
+            given = {**inputs, "return_dict": False}
+            output = functional_call(self.denoiser, dict(adapter.parameters), (), given)[0]
+        return output
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents to pictures in [0, 1] nominally, at least float32."""
+        latents = latents_BCHW.to(self.vae.dtype) / self.vae.config.scaling_factor + self._shift
+        images: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return images / 2 + 0.5
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Pictures to the mean of the posterior, shifted and scaled."""
+        posterior = self.vae.encode((images_BCHW * 2 - 1).to(self.vae.dtype)).latent_dist
+        latents: Tensor = (posterior.mean - self._shift) * self.vae.config.scaling_factor
+        return latents.to(self.dtype)
+
+    @property
+    def _shift(self) -> float:
+        return self.vae.config.shift_factor or 0.0
+
+    def add_adapter(self, config: AdapterConfig, randomness: Randomness) -> None:
+        """LoRA through peft: A Gaussian with standard deviation 1/rank, B zero.
+
+        Raises:
+            UserError: No module of the denoiser matches the targets.
+        """
+        if self._lora_layers:
+            self.denoiser.delete_adapters("default")
+            self._lora_layers = []
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha or config.rank,
+            init_lora_weights="gaussian",
+            target_modules=list(config.targets),
+        )
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # peft draws from the global generator
+            torch.manual_seed(randomness.integer("adapter", below=2**63))
+            try:
+                self.denoiser.add_adapter(lora, adapter_name="default")
+            except ValueError as error:
+                raise UserError(f"the adapter cannot be attached to {self.name}: {error}") from error
+        self._lora_layers = [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
+        for parameter in self.adapter_parameters().values():
+            parameter.data = parameter.data.float()
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The A and B factors by their name in the denoiser."""
+        return {name: p for name, p in self.denoiser.named_parameters() if _is_factor(name)}
+
+    def parameter_count(self) -> int:
+        """Of the denoiser."""
+        return sum(p.numel() for name, p in self.denoiser.named_parameters() if not _is_factor(name))
+
+    def save_adapter(self, directory: Path) -> None:
+        """`pytorch_lora_weights.safetensors`; alpha/rank is folded into B, so that every reader applies it once."""
+        factors = {
+            name: (tensor * (layer_scale if "lora_B" in name else 1.0)).detach().cpu().contiguous()
+            for name, tensor in get_peft_model_state_dict(self.denoiser).items()
+            for layer_scale in [self._lora_layers[0].lora_alpha["default"] / self._lora_layers[0].r["default"]]
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        layers = {f"{self.layout.denoiser[0]}_lora_layers": factors}
+        self.layout.pipeline.save_lora_weights(directory, **layers, safe_serialization=True)
+
+    def fingerprint(self) -> str:
+        """Hash of the weights of all parts (adapter excluded), the tokenizers' vocabularies and `identity`."""
+        digest = hashlib.sha256()
+        for part in (self.denoiser, self.vae, *self.text_encoders.values()):
+            for name, tensor in sorted(part.state_dict().items()):
+                if _is_factor(name):
+                    continue
+                digest.update(name.replace(".base_layer", "").encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for tokenizer in self.tokenizers.values():
+            digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+        digest.update(repr(self.identity()).encode())
+        return digest.hexdigest()
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> Tensor:
+    """Token ids (B, length), padded; over-long texts are cut."""
+    tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    ids: Tensor = tokens.input_ids.to(device)
+    return ids
+
+
+def _is_factor(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _frozen(module: Any, device: torch.device) -> Any:
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _load_parts(source: str, layout: Layout, dtype: torch.dtype, revision: str | None) -> dict[str, Any]:
+    pipeline, local = layout.pipeline.__name__, Path(source)
+    if local.is_dir():
+        absent = [folder for folder in layout.folders if not (local / folder).is_dir()]
+        if absent:
+            raise UserError(
+                f"{source} is no {pipeline} directory: it lacks {', '.join(absent)}. "
+                f"Expected the folders {', '.join(layout.folders)}, as `pipeline.save_pretrained` writes them."
+            )
+    half = dtype in (torch.float16, torch.bfloat16)
+    denoiser, denoiser_class = layout.denoiser
+    models = {denoiser: (denoiser_class, {"torch_dtype": dtype})}
+    models["vae"] = (AutoencoderKL, {"torch_dtype": torch.float32 if half else dtype})
+    told = {_transformers_dtype(): torch.float32 if dtype == torch.float16 else dtype}
+    models |= {folder: (encoder, told) for folder, encoder in layout.text_encoders.items()}
+    others = {**layout.tokenizers, "scheduler": layout.scheduler}
+    common: dict[str, Any] = {} if revision is None else {"revision": revision}
+    parts: dict[str, Any] = {}
+    try:
+        for folder, (kind, precision) in models.items():
+            parts[folder] = kind.from_pretrained(source, subfolder=folder, use_safetensors=True, **precision, **common)
+        for folder, kind in others.items():
+            parts[folder] = kind.from_pretrained(source, subfolder=folder, **common)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the model {source!r} cannot be loaded: {first}. Give a local directory written by "
+            f"`{pipeline}.save_pretrained` (safetensors), or a hub id that is cached or reachable."
+        ) from error
+    return parts
+
+
+def _transformers_dtype() -> str:
+    """What transformers calls the dtype to load in: renamed in 4.56, where the old name began to warn."""
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return "dtype" if version >= (4, 56) else "torch_dtype"

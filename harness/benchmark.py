@@ -125,6 +125,8 @@ def _refuse_changed(grid: Grid, run_dir: Path) -> None:
         if not stored:
             continue
         now = grid.identity(cell)
+        status = store.read_json(run_dir / "cells" / cell.cell / "status.json")
+        stored["evaluation"]["rewards"] |= status.get("evaluation_rewards", {})  # those added later are only there
         # A reward that was added scores the stored pictures, and one that is not asked for any more keeps its scores;
         # nothing else may differ.
         both = stored["evaluation"]["rewards"].keys() & grid.rewards.keys()

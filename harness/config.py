@@ -436,7 +436,8 @@ def resolve(passed: Mapping[str, Any]) -> RunConfig:
 
 def explain(error: ValidationError, model: type[BaseModel], where: str = "", also: Sequence[str] = ()) -> str:
     """The first problem of a validation in one sentence, with the nearest known name (of a field, or of `also`)."""
-    problem = error.errors()[0]
+    # An unknown name explains why another is missing.
+    problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         unknown = str(problem["loc"][-1])
@@ -445,4 +446,6 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "", als
             field = getattr(owner, "model_fields", {}).get(str(part))
             owner = field.annotation if field is not None else owner
         return f"there is no setting {where}{path}; {nearest(unknown, [*getattr(owner, 'model_fields', {}), *also])}"
+    if problem["type"] == "missing":
+        return f"{where}{path} must be given"
     return f"{where}{path}={problem['input']!r}: {problem['msg'].removeprefix('Value error, ').lower()}"

@@ -18,6 +18,7 @@ import harness
 from harness.api import DiffusionModel, FineTuner, InferenceConfig, InferenceFineTuner, Prompt, PromptSuite, Reward
 from harness.config import ArmConfig, RunConfig, SamplerConfig, explain, split_outside_brackets
 from harness.errors import UserError, nearest
+from harness.given import Given
 from harness.prompts import SPLITS
 from harness.registry import (
     ModelSource,
@@ -51,6 +52,13 @@ class Arm:
     sampler: SamplerConfig
     checkpointing: Literal["auto", "on", "off"]
     overrides: Mapping[str, Any]
+
+    @property
+    def kind(self) -> Literal["training", "inference", "given"]:
+        """What it does in this run: train, spend on each picture, or only show what was made elsewhere."""
+        if issubclass(self.finetuner, Given):
+            return "given"
+        return "inference" if self.inference else "training"
 
     @property
     def inference(self) -> bool:
@@ -171,6 +179,7 @@ class Grid:
                 raise UserError(f"settings are given for {name!r}, which is no method; {nearest(name, known)}")
         self.source: ModelSource = find_model(config.model)
         self.suite: PromptSuite = load_suite(config.suite or default_suite(self.source))
+        self._check_suite()
         self.training_rewards = {expression: parse_reward(expression) for expression in config.rewards}
         trained_on = [name for terms in self.training_rewards.values() for _, name in terms]
         self.rewards: dict[str, RewardSource] = self._find_rewards(trained_on)
@@ -183,6 +192,14 @@ class Grid:
             if split in config.evaluation.prompts
         }
         self.cells = [self._base_cell(), *self._cells_of_arms()]
+
+    def _check_suite(self) -> None:
+        trained = [arm.label for arm in self.arms.values() if not arm.inference]
+        if trained and not self.suite.training:
+            raise UserError(
+                f"{trained[0]} needs prompts to train on, and the suite {self.suite.name} has held-out ones only; "
+                "train on another suite, and score the adapter on this one with `evaluate` (docs/prompts.md)"
+            )
 
     def _find_rewards(self, trained_on: Sequence[str]) -> dict[str, RewardSource]:
         """What training and evaluation need, and nothing that lacks its weights, before anything is spent."""
@@ -198,7 +215,7 @@ class Grid:
     def _check_rewards(self, trained_on: Sequence[str]) -> None:
         for name in trained_on:
             reward = self.rewards[name].reward
-            if reward.role != "proxy":
+            if reward.role != "proxy" and any(arm.kind != "given" for arm in self.arms.values()):
                 raise UserError(f"{name} is a {reward.role} reward: it only judges, and is never trained on")
             for arm in self.arms.values():
                 if arm.finetuner.needs_reward_gradient and not reward.differentiable:
@@ -227,7 +244,7 @@ class Grid:
 
     def training_identity(self, arm: Arm, expression: str, seed: int) -> dict[str, Any]:
         """Everything that a trained adapter depends on, or the pictures of a method that trains none."""
-        own = {"kind": "inference"} if arm.inference else self._trained_with()
+        own = {"kind": arm.kind} if arm.inference else self._trained_with()
         return {
             "engine": harness.__version__,
             "method": [arm.method, arm.finetuner.version, arm.config.model_dump(mode="json")],
@@ -333,7 +350,7 @@ class Grid:
                 {
                     "label": arm.label,
                     "method": arm.method,
-                    "kind": "inference" if arm.inference else "training",
+                    "kind": arm.kind,
                     "seeded": arm.seeded,
                     "version": arm.finetuner.version,
                     "overrides": dict(arm.overrides),

@@ -149,7 +149,10 @@ def load_method(name: str) -> type[FineTuner]:
         UserError: Unknown name (the nearest is suggested), or not a concrete method.
     """
     from harness.api import InferenceFineTuner, TrainedFineTuner
+    from harness.given import GIVEN
 
+    if name in GIVEN:
+        return GIVEN[name]
     found = _load("methods", name)
     if not (inspect.isclass(found) and issubclass(found, (TrainedFineTuner, InferenceFineTuner))):
         raise UserError(f"{name} is no method; subclass harness.api.TrainedFineTuner or InferenceFineTuner")
@@ -185,16 +188,22 @@ def load_embedding(family: str) -> type[Embedding]:
 
 
 def load_suite(name: str) -> PromptSuite:
-    """A suite by name, or from a user's .txt or .jsonl file.
+    """A suite by name, as `NAME=PATH` where its texts are the user's own copy, or from a user's .txt or .jsonl file.
 
     Raises:
-        UserError: Unknown name, or an unreadable file.
+        UserError: Unknown name, an unreadable file, or a path is missing or too much.
     """
-    if name.endswith((".txt", ".jsonl")):
+    bare, equals, given = name.partition("=")
+    has_copy = bool(equals) and bare in discover("suites")
+    if name.endswith((".txt", ".jsonl")) and not has_copy:
         files: ModuleType = importlib.import_module("prompts._files")
         suite: PromptSuite = files.load(Path(name))
         return suite
-    loaded: PromptSuite = _load("suites", name)()
+    function = _load("suites", bare if has_copy else name)
+    takes_copy = bool(inspect.signature(function).parameters)
+    if has_copy and not takes_copy:
+        raise UserError(f"the suite {bare} is complete as it is; write --suite {bare}")
+    loaded: PromptSuite = function(given if has_copy else None) if takes_copy else function()
     return loaded
 
 

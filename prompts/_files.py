@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,17 @@ def load(path: Path) -> PromptSuite:
     )
 
 
+def id_of(text: str) -> str:
+    """An id for a text: its first words and the start of its sha256."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-")
+    return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:8]}".strip("-")
+
+
+def ranked(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The prompts by the sha256 of their texts: an order that depends neither on chance nor on that of a file."""
+    return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.text.encode()).hexdigest())
+
+
 def _lines(path: Path, content: bytes) -> Iterator[tuple[int, str]]:
     """Numbers, from 1, and texts of the lines that are not blank."""
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
@@ -103,8 +114,7 @@ def _prompt(path: Path, line: int, text: str, fields: dict[str, Any]) -> Prompt:
         raise UserError(f"{path}, line {line}: the prompt is empty or has control characters; write plain text")
     name = fields.pop("id", None)
     if name is None:
-        words = re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-")
-        name = f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:8]}".strip("-")
+        name = id_of(text)
     if not isinstance(name, str) or not ID.fullmatch(name):
         raise UserError(
             f"{path}, line {line}: the id {name!r} cannot name files; use up to 100 letters, digits, dashes, "
@@ -142,7 +152,8 @@ def _assign(entries: list[_Entry]) -> dict[int, str]:
         return {entry.line: str(entry.split) for entry in entries}
     held_out = max(len(entries) // 5, 1 if len(entries) > 1 else 0)
     validation = len(entries) // 10
-    ranked = sorted(entries, key=lambda entry: hashlib.sha256(entry.prompt.text.encode()).hexdigest())
+    lines = {entry.prompt.id: entry.line for entry in entries}
     names = ["held-out"] * held_out + ["validation"] * validation
     names += ["training"] * (len(entries) - len(names))
-    return {entry.line: name for entry, name in zip(ranked, names, strict=True)}
+    order = ranked(entry.prompt for entry in entries)
+    return {lines[prompt.id]: name for prompt, name in zip(order, names, strict=True)}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from harness.api import Cost, FineTuner, Prompt, Randomness, Reward, UserError
 from harness.context import CellContext
+from harness.given import GivenPictures
 from harness.grid import Arm, Grid
 from harness.metering import Meter, MeteredModel, TrainingReward
 
@@ -48,6 +49,8 @@ def check_arms(grid: Grid) -> None:
     for arm in grid.arms.values():
         for expression, terms in grid.training_rewards.items():
             tuner = assemble(grid, arm, expression, declared, Meter(), seed=0)
+            if isinstance(tuner, GivenPictures):
+                tuner.files([p for part in grid.evaluated.values() for p in part], grid.config.evaluation.latents)
             needed = iteration_cost(tuner.planned_cost().maximal, len(terms), budget.unit)
             if needed > budget.amount and not arm.inference:
                 raise UserError(

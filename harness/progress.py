@@ -108,7 +108,7 @@ def status_lines(directory: Path) -> Iterator[str]:
         begun = len(updates.read_bytes().splitlines()) if updates.exists() else 0
         state = status.get("state") or ("started" if begun else "waiting")
         reason = f"  {status['reason']}" if status.get("reason") else ""
-        untrained = status.get("kind") in ("base", "inference")
+        untrained = status.get("kind") in ("base", "inference", "given")
         done = f"{'':>5} no training" if untrained else f"{status.get('iterations', begun):>5} iterations"
         yield f"{cell:<{width}}  {state:<9}  {done}{reason}"
     ended = sum(1 for status in states.values() if status.get("state") in ("completed", "diverged"))

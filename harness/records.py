@@ -53,17 +53,21 @@ def write_final(
     position: Mapping[str, Any],
     evaluated: Sequence[Evaluated],
     pictures: Pictures,
-    latents: NDArray[np.float32],
+    latents: NDArray[np.float32] | None,
     other_variants: Sequence[Mapping[str, Any]] = (),
     *,
     keep_images: bool,
 ) -> None:
-    """Store the final pictures and latents, and all scores of the cell: its curve points, the end, other variants."""
+    """Store the final pictures and latents, and all scores of the cell: its curve points, the end, other variants.
+
+    Given pictures have no latents.
+    """
     if keep_images:
         save_pictures(directory, pictures, evaluated)
-    buffer = io.BytesIO()
-    np.savez(buffer, latents=latents)
-    store.write_bytes(directory / "latents.npz", buffer.getvalue())
+    if latents is not None:
+        buffer = io.BytesIO()
+        np.savez(buffer, latents=latents)
+        store.write_bytes(directory / "latents.npz", buffer.getvalue())
     rows: list[Any] = []
     for path in sorted((directory / "points").glob("*.parquet"), key=lambda p: float(p.stem)):
         rows += pd.read_parquet(path).to_dict("records")

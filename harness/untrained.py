@@ -6,16 +6,20 @@ Such a cell has no checkpoint: an interrupted one starts again, and ends with th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from harness import store
 from harness.api import Cost, Diverged, Generation, Request
 from harness.assembly import assemble
+from harness.evaluation import Evaluated, Pictures
+from harness.given import GivenPictures
 from harness.grid import BASE_CELL, Cell
 from harness.metering import Generate, Meter, MeteredModel, Tally
 from harness.records import write_final, write_metrics, write_status
@@ -47,7 +51,10 @@ def run_inference(workshop: Workshop, cell: Cell, directory: Path, progress: Pro
         "training_reward": cell.reward,
         "seed": cell.seed,
     }
-    run = _Untrained(workshop, cell, directory, progress, "inference", identity, Tally(meter), Cost().counts())
+    run = _Untrained(workshop, cell, directory, progress, arm.kind, identity, Tally(meter), Cost().counts())
+    if isinstance(tuner, GivenPictures):
+        evaluated = workshop.evaluator.final_requests()
+        return run.write(evaluated, tuner.pictures(evaluated), None, [])
     try:
         return run.finish(tuner.generate)
     except Diverged as error:
@@ -75,12 +82,12 @@ class _Untrained:
     identity: dict[str, Any]
     tally: Tally
     cost: dict[str, float]
+    started: str = field(default_factory=store.utc_now)
+    clock: float = field(default_factory=time.perf_counter)
 
     def finish(self, pictures_of: Generate, state: str = "completed", reason: str = "") -> str:
         """Generate, score and write all records; returns the state."""
-        started, clock = store.utc_now(), time.perf_counter()
-        evaluator, directory = self.workshop.evaluator, self.directory
-        store.write_json(directory / "identity.json", self.workshop.grid.identity(self.cell))
+        evaluator = self.workshop.evaluator
         evaluated = evaluator.final_requests()
         generate_counted = self.tally.counted(pictures_of)
 
@@ -90,11 +97,37 @@ class _Untrained:
         pictures, latents = evaluator.pictures(generate_counted, [e.request for e in evaluated], report)
         # A diverged cell shows the base's pictures; what a picture of its own would have cost is not known.
         generation = self.tally.per_picture() if state == "completed" else {}
-        keep = self.workshop.keep_images
+        diversity = evaluator.diversity(pictures_of)
+        return self.write(evaluated, pictures, latents, diversity, generation, state, reason)
+
+    def write(
+        self,
+        evaluated: Sequence[Evaluated],
+        pictures: Pictures,
+        latents: NDArray[np.float32] | None,
+        diversity: Sequence[Mapping[str, Any]],
+        generation: Mapping[str, float] | None = None,
+        state: str = "completed",
+        reason: str = "",
+    ) -> str:
+        """Score pictures and write all records; returns the state."""
+        evaluator, directory = self.workshop.evaluator, self.directory
+        store.write_json(directory / "identity.json", self.workshop.grid.identity(self.cell))
+        keep = self.workshop.keep_images or latents is None
         write_final(evaluator, directory, self.identity, {}, evaluated, pictures, latents, keep_images=keep)
-        write_metrics(directory, self.identity, evaluator.diversity(pictures_of))
-        seconds = {"train": 0.0, "evaluate": time.perf_counter() - clock}
+        write_metrics(directory, self.identity, diversity)
+        seconds = {"train": 0.0, "evaluate": time.perf_counter() - self.clock}
         write_status(
-            directory, self.cell, state, reason, started, seconds, 0, self.cost, evaluator, self.kind, generation
+            directory,
+            self.cell,
+            state,
+            reason,
+            self.started,
+            seconds,
+            0,
+            self.cost,
+            evaluator,
+            self.kind,
+            generation or {},
         )
         return state

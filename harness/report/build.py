@@ -158,6 +158,8 @@ def _arms(analysis: Analysis) -> list[dict[str, object]]:
         gradient = "uses" if arm.get("needs_reward_gradient") else "does not use"
         method, version = arm.get("method", "unknown"), arm.get("version", "unknown")
         changes = " Changes no weights; spends on each picture." if arm["label"] in analysis.run.inference else ""
+        if arm["label"] in analysis.run.given:
+            changes = " Made elsewhere."
         about = f"Method {method}, version {version}; {gradient} reward gradients.{changes}"
         result.append(
             {

@@ -46,6 +46,8 @@ def forest(analysis: Analysis, name: str) -> Drawn:
     )
     if analysis.run.inference:
         caption += " †: changes no weights."
+    if analysis.run.given:
+        caption += " ‡: made elsewhere."
     return Drawn(name, "Gains over the base model", figure, data, caption, _alt(analysis, panels))
 
 
@@ -104,7 +106,7 @@ def _panel(axes: Axes, analysis: Analysis, gains: list[Gain], look: dict[str, Lo
 
 
 def _label(analysis: Analysis, arm: str) -> str:
-    return f"{arm} †" if arm in analysis.run.inference else arm
+    return f"{arm}{' †' * (arm in analysis.run.inference)}{' ‡' * (arm in analysis.run.given)}"
 
 
 def _arm(axes: Axes, y: int, gain: Gain, look: Look) -> None:

@@ -30,7 +30,7 @@ COLUMNS = (
 
 def learning_curves(analysis: Analysis, name: str) -> Drawn | None:
     """One row of panels per training reward; None where no cell was evaluated along training."""
-    arms = [arm for arm in analysis.run.arms if arm not in analysis.run.inference]
+    arms = [arm for arm in analysis.run.arms if arm not in analysis.run.untrained]
     curves = {
         reward: [analysis.gains.curve(arm, reward, reward) for arm in arms]
         for reward in analysis.run.training_rewards
@@ -59,8 +59,8 @@ def learning_curves(analysis: Analysis, name: str) -> Drawn | None:
         f"often). {sample(data).text}: the pictures that all points share, fewer than in the final evaluation. The "
         "line at 0 is the base model. Claims rest on the final gains, not on the curves."
     )
-    if analysis.run.inference:
-        caption += f" Not trained, and so without a curve: {joined(list(analysis.run.inference))}."
+    if analysis.run.untrained:
+        caption += f" Not trained, and so without a curve: {joined(list(analysis.run.untrained))}."
     return Drawn(name, "Gain against what was spent", figure, data, caption, _alt(curves))
 
 

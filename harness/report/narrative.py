@@ -30,14 +30,20 @@ def scope(analysis: Analysis) -> str:
     )
     untrained = f.joined([f"**{f.markdown(arm)}**" for arm in run.inference])
     name = f.markdown(model.get("name", "unknown"))
-    trained = f.joined([f"**{f.markdown(arm)}**" for arm in run.arms if arm not in run.inference])
+    trained = f.joined([f"**{f.markdown(arm)}**" for arm in run.arms if arm not in run.untrained])
+    given = f.joined([f"**{f.markdown(arm)}**" for arm in run.given])
     does = f"fine-tune the model {name} on {rewards} with a budget of {spent} each"
     told = f"{trained} {does}" if trained else ""
     if untrained:
         told += "; " if trained else ""
         told += f"{untrained} (†) change no weights of the model {name} and ask {rewards} while they generate"
+    if given:
+        told += "; " if told else ""
+        told += f"{given} (‡) {'were' if len(run.given) > 1 else 'was'} made elsewhere"
+        told += "" if trained or untrained else f" and judged by {rewards} beside the model {name}"
+    counted = f", {f.plural(len(seeds), 'training seed')}" if trained or untrained else ""
     return (
-        f"{told}, {f.plural(len(seeds), 'training seed')}. All are scored on the "
+        f"{told}{counted}. All are scored on the "
         f"{f.plural(len(run.prompts('held-out')), 'held-out prompt')} of {f.markdown(suite.get('name', 'unknown'))}."
     ) + (tuning if run.judged != HELD_OUT else "")
 
@@ -50,6 +56,8 @@ def lead(analysis: Analysis) -> str:
     unit = "reward queries" if budget == "queries" else f.markdown(budget)
     untrained = [f.markdown(arm) for arm in analysis.run.inference]
     apart = f" ({f.joined(untrained)} without any, at a price for each picture)" if untrained else ""
+    if len(analysis.run.untrained) == len(analysis.run.arms) and not untrained:
+        return f"By the gain on {what} over the base model, on the suite's held-out prompts:"
     return f"With the same budget of {unit}{apart}, by the gain on {what} on prompts that no method trained on:"
 
 
@@ -57,11 +65,13 @@ def verdicts(analysis: Analysis) -> list[str]:
     """One sentence per primary comparison."""
     if not analysis.primary:
         return ["Only one method was run: there is nothing to compare it with."]
-    untrained = analysis.run.inference
+    untrained, given = analysis.run.inference, analysis.run.given
     return [
-        f.markdown(j.sentence) + (" † One of the two changes no weights." if mixed else "")
+        f.markdown(j.sentence)
+        + " † One of the two changes no weights." * ((j.arm in untrained) != (j.reference in untrained))
+        + " ‡ What was made elsewhere has one instance: it may have been trained on these prompts, by any budget."
+        * (j.arm in given or j.reference in given)
         for j in analysis.primary
-        for mixed in [(j.arm in untrained) != (j.reference in untrained)]
     ]
 
 

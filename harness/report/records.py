@@ -108,7 +108,20 @@ class Run:
     @property
     def inference(self) -> tuple[str, ...]:
         """Arms that change no weights, and spend queries and rows on each picture instead."""
-        return tuple(str(arm["label"]) for arm in self.plan["arms"] if arm.get("kind") == "inference")
+        return self._of_kind("inference")
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Arms that were made elsewhere."""
+        return self._of_kind("given")
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Arms that this run did not train."""
+        return tuple(arm for arm in self.arms if arm in {*self.inference, *self.given})
+
+    def _of_kind(self, kind: str) -> tuple[str, ...]:
+        return tuple(str(arm["label"]) for arm in self.plan["arms"] if arm.get("kind") == kind)
 
     @property
     def constants(self) -> tuple[str, ...]:

@@ -49,17 +49,19 @@ def _numeric(column: Sequence[str]) -> bool:
 
 
 def arm_name(run: Run, arm: str) -> str:
-    """An arm's label, with a dagger where the arm changes no weights."""
-    return f"**{f.markdown(arm)}**{' †' if arm in run.inference else ''}"
+    """An arm's label, with a dagger where the arm changes no weights, and a double one where it was made elsewhere."""
+    return f"**{f.markdown(arm)}**{' †' * (arm in run.inference)}{' ‡' * (arm in run.given)}"
 
 
 def inference_note(run: Run) -> str:
-    """What the dagger means; empty where no arm has one."""
-    if not run.inference:
+    """What the daggers mean; empty where no arm has one."""
+    if not run.untrained:
         return ""
     constants = [f.markdown(arm) for arm in run.constants]
     fixed = f" No seed variance, one value each: {f.joined(constants)}." if constants else ""
-    return f" †: changes no weights, was not trained, and spends queries and rows on each picture it generates.{fixed}"
+    note = " †: changes no weights, was not trained, and spends queries and rows on each picture it generates."
+    given = " ‡: made elsewhere, not trained by this run; what it has cost is not known."
+    return note * bool(run.inference) + given * bool(run.given) + fixed
 
 
 def headline(analysis: Analysis) -> Table:
@@ -91,6 +93,8 @@ def headline(analysis: Analysis) -> Table:
         cells = [cell for cell in run.cells if cell.arm == arm]
         if arm in run.inference:
             row += [f"{f.count(_mean(cells, 'queries', 'generation_cost'))} a picture", f.DASH]
+        elif arm in run.given:
+            row += [f.DASH, f.DASH]
         else:
             row += [f.count(_mean(cells, "queries")), f.spread(_seconds(cells))]
         row.append(seeds_text(analysis, arm))

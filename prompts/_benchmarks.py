@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Literal
 
 from harness.errors import UserError
 from harness.prompts import Prompt
@@ -129,7 +130,7 @@ class Benchmark:
             UserError: It is no table, or a row has more or fewer fields than the first line.
         """
         lines = io.StringIO(self.text(path, content), newline="")
-        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         try:
             table = [row for row in csv.reader(lines, delimiter=delimiter, quoting=quoting) if any(map(str.strip, row))]
         except csv.Error as error:

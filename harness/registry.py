@@ -166,16 +166,22 @@ def load_method(name: str) -> type[FineTuner]:
 
 
 def load_reward(name: str) -> type[Reward]:
-    """The class of a reward.
+    """The class of a reward, or one that calls a function (`harness.callables`).
 
     Raises:
-        UserError: Unknown name (the nearest is suggested), or not a Reward.
+        UserError: Unknown name (the nearest is suggested), or neither a Reward nor a function of pictures.
     """
     from harness.api import Reward
 
     found = _load("rewards", name)
+    if inspect.isfunction(found):
+        from harness.callables import reward_class
+
+        return reward_class(found, name)
     if not (inspect.isclass(found) and issubclass(found, Reward)):
-        raise UserError(f"{name} is no Reward; subclass harness.api.Reward")
+        raise UserError(
+            f"{name} is no Reward; subclass harness.api.Reward, or give a function (docs/adding-a-reward.md)"
+        )
     return found
 
 

@@ -26,6 +26,7 @@ from harness.rewarding import ConfiguredReward, Embedding, Reward, RewardConfig,
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "AdapterFile",
     "Conditioning",
     "ConfiguredReward",
     "Context",
@@ -124,6 +125,25 @@ class Prediction:
     unconditional: Tensor
 
 
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter that was made elsewhere turned out to be.
+
+    Attributes:
+        layout: How its file is laid out: `diffusers`, `peft`, `attention-processors`, `kohya`, or a model's own.
+        sha256: Of what was read.
+        modules: How many layers it changes.
+        ranks: Distinct ranks, ascending; empty where it is no LoRA.
+        scales: Distinct alpha/rank, ascending; empty where it is no LoRA.
+    """
+
+    layout: str
+    sha256: str
+    modules: int
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+
+
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
@@ -172,6 +192,17 @@ class DiffusionModel(ABC):
     @abstractmethod
     def add_adapter(self, config: AdapterConfig, randomness: Randomness) -> None:
         """Attach a fresh adapter that leaves the output unchanged; replaces an earlier one. Float32 parameters."""
+
+    @abstractmethod
+    def load_adapter(self, path: Path) -> AdapterFile:
+        """Attach an adapter made elsewhere; replaces the present one. Float32 parameters.
+
+        Args:
+            path: A file or directory in the model family's exchange formats.
+
+        Raises:
+            UserError: It cannot be read, or not all of it can be used; the present adapter stays.
+        """
 
     @abstractmethod
     def adapter_parameters(self) -> dict[str, nn.Parameter]:

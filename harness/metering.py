@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from harness.api import (
     Adapter,
     AdapterConfig,
+    AdapterFile,
     Conditioning,
     Cost,
     DiffusionModel,
@@ -106,6 +107,10 @@ class MeteredModel(DiffusionModel):
     def add_adapter(self, config: AdapterConfig, randomness: Randomness) -> None:
         """As the inner model."""
         self._inner.add_adapter(config, randomness)
+
+    def load_adapter(self, path: Path) -> AdapterFile:
+        """As the inner model."""
+        return self._inner.load_adapter(path)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """As the inner model."""

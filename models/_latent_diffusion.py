@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from diffusers import AutoencoderKL, ModelMixin
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from harness.api import Adapter, AdapterConfig, Conditioning, DiffusionModel, Randomness, UserError
+from harness.api import Adapter, AdapterConfig, AdapterFile, Conditioning, DiffusionModel, Randomness, UserError
+from models._adapter_files import read_adapter
+from models._lora import Lora, is_factor
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class LatentDiffusion(DiffusionModel):
         self.scheduler = parts["scheduler"]
         self.training_timesteps = int(self.scheduler.config.num_train_timesteps)
         self._texts: dict[str, dict[str, Tensor]] = {}
-        self._lora_layers: list[LoraLayer] = []
+        self._lora = Lora(self.denoiser)
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -113,13 +113,7 @@ class LatentDiffusion(DiffusionModel):
 
     def network(self, adapter: Adapter, **inputs: Any) -> Tensor:
         """The denoiser's output, with the adapter at the strength that this call asks for."""
-        for layer in self._lora_layers:
-            layer.scaling["default"] = layer.lora_alpha["default"] / layer.r["default"] * adapter.scale
-        if adapter.parameters is None:
-            output: Tensor = self.denoiser(**inputs, return_dict=False)[0]
-        else:
-            given = {**inputs, "return_dict": False}
-            output = functional_call(self.denoiser, dict(adapter.parameters), (), given)[0]
+        output: Tensor = self._lora.run(adapter, {**inputs, "return_dict": False})[0]
         return output
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -144,41 +138,44 @@ class LatentDiffusion(DiffusionModel):
         Raises:
             UserError: No module of the denoiser matches the targets.
         """
-        if self._lora_layers:
-            self.denoiser.delete_adapters("default")
-            self._lora_layers = []
         lora = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha or config.rank,
             init_lora_weights="gaussian",
             target_modules=list(config.targets),
         )
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # peft draws from the global generator
-            torch.manual_seed(randomness.integer("adapter", below=2**63))
-            try:
-                self.denoiser.add_adapter(lora, adapter_name="default")
-            except ValueError as error:
-                raise UserError(f"the adapter cannot be attached to {self.name}: {error}") from error
-        self._lora_layers = [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
-        for parameter in self.adapter_parameters().values():
-            parameter.data = parameter.data.float()
+        try:
+            self._lora.fresh(lora, randomness.integer("adapter", below=2**63), self.device)
+        except ValueError as error:
+            raise UserError(f"the adapter cannot be attached to {self.name}: {error}") from error
+
+    def load_adapter(self, path: Path) -> AdapterFile:
+        """LoRA of diffusers, of peft, of older attention processors, or of kohya's trainer.
+
+        Raises:
+            UserError: The file cannot be read, or a part of it has no place in the denoiser.
+        """
+        factors, found = read_adapter(path, self.layout.denoiser[0], self._converted)
+        self._lora.given(factors, self.device)
+        return found
+
+    def _converted(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, float]]:
+        """Names of other trainers as diffusers names them, with the alphas of UNets in kohya's layout."""
+        read: Any = self.layout.pipeline
+        converted, *others = read.lora_state_dict(state, unet_config=self.denoiser.config, return_lora_metadata=True)
+        return converted, (others[0] or {}) if len(others) == 2 else {}  # transformers have their metadata alone
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The A and B factors by their name in the denoiser."""
-        return {name: p for name, p in self.denoiser.named_parameters() if _is_factor(name)}
+        return self._lora.parameters()
 
     def parameter_count(self) -> int:
         """Of the denoiser."""
-        return sum(p.numel() for name, p in self.denoiser.named_parameters() if not _is_factor(name))
+        return sum(p.numel() for name, p in self.denoiser.named_parameters() if not is_factor(name))
 
     def save_adapter(self, directory: Path) -> None:
         """`pytorch_lora_weights.safetensors`; alpha/rank is folded into B, so that every reader applies it once."""
-        factors = {
-            name: (tensor * (layer_scale if "lora_B" in name else 1.0)).detach().cpu().contiguous()
-            for name, tensor in get_peft_model_state_dict(self.denoiser).items()
-            for layer_scale in [self._lora_layers[0].lora_alpha["default"] / self._lora_layers[0].r["default"]]
-        }
+        factors = {name: factor.cpu().contiguous() for name, factor in self._lora.folded().items()}
         directory.mkdir(parents=True, exist_ok=True)
         layers = {f"{self.layout.denoiser[0]}_lora_layers": factors}
         self.layout.pipeline.save_lora_weights(directory, **layers, safe_serialization=True)
@@ -188,7 +185,7 @@ class LatentDiffusion(DiffusionModel):
         digest = hashlib.sha256()
         for part in (self.denoiser, self.vae, *self.text_encoders.values()):
             for name, tensor in sorted(part.state_dict().items()):
-                if _is_factor(name):
+                if is_factor(name):
                     continue
                 digest.update(name.replace(".base_layer", "").encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -203,10 +200,6 @@ def token_ids(tokenizer: Any, texts: Sequence[str], length: int, device: torch.d
     tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     ids: Tensor = tokens.input_ids.to(device)
     return ids
-
-
-def _is_factor(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
 
 
 def _frozen(module: Any, device: torch.device) -> Any:

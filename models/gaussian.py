@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.api import Adapter, AdapterConfig, Conditioning, DiffusionModel, Randomness
+from harness.api import Adapter, AdapterConfig, AdapterFile, Conditioning, DiffusionModel, Randomness, UserError
 
 PIPELINES = ()
 
@@ -74,6 +75,19 @@ class GaussianModel(DiffusionModel):
         self._adapter = {
             name: nn.Parameter(torch.zeros(self.latent_shape, dtype=self.dtype)) for name in ("bias", "gain")
         }
+
+    def load_adapter(self, path: Path) -> AdapterFile:
+        """What `save_adapter` wrote."""
+        file = path / "adapter.safetensors" if path.is_dir() else path
+        try:
+            values = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read as an adapter of {self.name}: {error}") from None
+        found = {name: tuple(value.shape) for name, value in values.items()}
+        if found != {"bias": self.latent_shape, "gain": self.latent_shape}:
+            raise UserError(f"{file} holds {found}; expected bias and gain, each {self.latent_shape}")
+        self._adapter = {name: nn.Parameter(value.to(self.dtype)) for name, value in values.items()}
+        return AdapterFile("gaussian", hashlib.sha256(file.read_bytes()).hexdigest(), len(values), (), ())
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """`bias` and `gain`, each (3, 1, 1)."""

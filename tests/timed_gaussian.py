@@ -13,7 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness.api import BASE, Adapter, AdapterConfig, Conditioning, DiffusionModel, Randomness, SamplerConfig
+from harness.api import (
+    BASE,
+    Adapter,
+    AdapterConfig,
+    AdapterFile,
+    Conditioning,
+    DiffusionModel,
+    Randomness,
+    SamplerConfig,
+)
 from harness.sampling import schedule, transition
 from models.gaussian import GaussianModel
 
@@ -58,6 +67,10 @@ class TimedGaussian(DiffusionModel):
         """Zeros: the output does not change."""
         shape = (len(self._rows), *self.latent_shape)
         self._adapter = {name: nn.Parameter(torch.zeros(shape, dtype=self.dtype)) for name in ("bias", "gain")}
+
+    def load_adapter(self, path: Path) -> AdapterFile:
+        """Not needed by tests."""
+        raise NotImplementedError
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """`bias` and `gain`, each (T, 3, 1, 1)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             loaded: dict[str, Tensor] = load_file(path)
             return loaded
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mappable = zipfile.is_zipfile(path)  # what was saved before torch 1.6 is not
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -116,7 +116,7 @@ class Prediction:
         noise: Predicted noise.
         x0: Predicted clean latent.
         conditional: The network's output for the prompt, in its own parametrisation.
-        unconditional: The same for the empty prompt; equal to `conditional` without guidance.
+        unconditional: The same for the empty prompt; equal to `conditional` without guidance or with embedded one.
     """
 
     noise: Tensor
@@ -156,10 +156,14 @@ class DiffusionModel(ABC):
     Attributes:
         name: Shown in reports.
         latent_shape: (C, H, W) of one latent.
-        prediction_type: Parametrisation of the denoiser's output.
+        prediction_type: Parametrisation of the denoiser's output. `flow` is a flow model: x_t = (1 - s)*x0 + s*noise
+            with s = t/training_timesteps, and timesteps are real numbers. Of all others alpha^2 + sigma^2 = 1, and
+            timesteps are the integers from 0 to training_timesteps - 1.
         device: Where the parameters live.
         dtype: Dtype of latents.
-        training_timesteps: Number of discrete timesteps (1000 for Stable Diffusion 1.x).
+        training_timesteps: Number of discrete timesteps (1000 for Stable Diffusion 1.x); of a flow model, the timestep
+            of pure noise.
+        embedded_guidance: The denoiser was distilled to be told the guidance scale, and has no unconditional branch.
     """
 
     name: str
@@ -168,9 +172,18 @@ class DiffusionModel(ABC):
     device: torch.device
     dtype: torch.dtype
     training_timesteps: int
+    embedded_guidance: bool = False
 
     @abstractmethod
-    def alpha_sigma(self, t: int) -> tuple[float, float]:
+    def timesteps(self, config: SamplerConfig) -> Sequence[float]:
+        """The timesteps that a chain visits, most noise first.
+
+        Raises:
+            UserError: The model has no such chain.
+        """
+
+    @abstractmethod
+    def alpha_sigma(self, t: float) -> tuple[float, float]:
         """(alpha, sigma) of timestep t in x_t = alpha*x0 + sigma*noise, in double precision."""
 
     @abstractmethod
@@ -178,8 +191,11 @@ class DiffusionModel(ABC):
         """Encode prompts; cached per text. The empty text is the unconditional row. No gradient flows here."""
 
     @abstractmethod
-    def denoise(self, x_BCHW: Tensor, t: int, condition: Conditioning, adapter: Adapter) -> Tensor:
-        """One pass of B rows through the denoiser: the raw output in its own parametrisation."""
+    def denoise(self, x_BCHW: Tensor, t: float, condition: Conditioning, adapter: Adapter) -> Tensor:
+        """One pass of B rows through the denoiser: the raw output in its own parametrisation.
+
+        With embedded guidance the condition has a tensor `guidance` (B,), float32: the scale, which `predict` adds.
+        """
 
     @abstractmethod
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -220,10 +236,20 @@ class DiffusionModel(ABC):
     def fingerprint(self) -> str:
         """A sha256 of the base weights and of what else determines the pictures."""
 
+    def rows_per_latent(self, guidance: float) -> int:
+        """Denoiser rows of one prediction: two where there is an unconditional branch."""
+        return 1 if guidance == 1.0 or self.embedded_guidance else 2
+
+    def draw_timestep(self, draws: Randomness, *keys: str | int) -> float:
+        """A random training timestep: uniform over the discrete ones, of a flow model over (0, training_timesteps]."""
+        if self.prediction_type != "flow":
+            return draws.integer(*keys, below=self.training_timesteps)
+        return self.training_timesteps * (1 - draws.integer(*keys, below=2**53) / 2**53)
+
     def predict(
         self,
         x_BCHW: Tensor,
-        t: int,
+        t: float,
         condition: Conditioning,
         *,
         guidance: float,
@@ -233,11 +259,16 @@ class DiffusionModel(ABC):
         """The guided prediction at timestep t: output = unconditional + guidance*(conditional - unconditional).
 
         The adapter acts in both branches. With guidance 1 only the conditional row is computed, with any other
-        scale two rows per latent in one batch. Without `input_gradient` the denoiser sees x detached: a gradient
-        reaches x through the conversions between parametrisations alone.
+        scale two rows per latent in one batch; a denoiser with embedded guidance is told the scale instead, in one
+        row. Without `input_gradient` the denoiser sees x detached: a gradient reaches x through the conversions
+        between parametrisations alone.
         """
         seen = x_BCHW if input_gradient else x_BCHW.detach()
-        if guidance == 1.0:
+        if self.embedded_guidance:
+            scale = torch.full((len(x_BCHW),), guidance, device=x_BCHW.device)
+            told = Conditioning({**condition.tensors, "guidance": scale})
+            conditional = unconditional = output = self.denoise(seen, t, told, adapter)
+        elif guidance == 1.0:
             conditional = unconditional = output = self.denoise(seen, t, condition, adapter)
         else:
             both = Conditioning.cat([self.condition([""] * len(x_BCHW)), condition])
@@ -246,7 +277,7 @@ class DiffusionModel(ABC):
         noise, x0 = self._noise_and_x0(x_BCHW, t, output)
         return Prediction(noise, x0, conditional, unconditional)
 
-    def _noise_and_x0(self, x: Tensor, t: int, output: Tensor) -> tuple[Tensor, Tensor]:
+    def _noise_and_x0(self, x: Tensor, t: float, output: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha_sigma(t)
         match self.prediction_type:
             case "epsilon":
@@ -258,7 +289,7 @@ class DiffusionModel(ABC):
             case "flow":
                 return x + alpha * output, x - sigma * output
 
-    def noised(self, x0_BCHW: Tensor, t: int, noise_BCHW: Tensor) -> Tensor:
+    def noised(self, x0_BCHW: Tensor, t: float, noise_BCHW: Tensor) -> Tensor:
         """x_t = alpha*x0 + sigma*noise."""
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x0_BCHW + sigma * noise_BCHW

@@ -112,7 +112,8 @@ def activation_bytes(model: DiffusionModel) -> int:
     x = torch.zeros(1, *model.latent_shape, device=model.device, dtype=model.dtype)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # The graph must live until the count is done: freed buffers would be reused under the same address.
-        output = model.denoise(x, model.training_timesteps // 2, model.condition([""]), Adapter())
+        middle = model.training_timesteps // 2
+        output = model.predict(x, middle, model.condition([""]), guidance=1.0, adapter=Adapter()).conditional
         total = sum(kept.values())
     del output
     return total

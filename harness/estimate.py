@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from harness.api import Adapter, Cost, CostRange, Randomness
 from harness.assembly import Declared, assemble, iteration_cost
@@ -106,7 +107,7 @@ def _estimate(grid: Grid, arm: Arm, expression: str) -> Estimate:
     pictures += len(judged) * min(evaluation.curve_latents, evaluation.latents) * points
     each = iteration_cost(planned.maximal, 1, config.budget.unit)
     iterations = int(config.budget.amount // each) if each else 0
-    rows = (1 if config.sampler.guidance == 1.0 else 2) * config.sampler.steps
+    rows = grid.model.rows_per_latent(config.sampler.guidance) * config.sampler.steps
     generated = Cost(forward_rows=rows, decodes=1) * pictures
     return Estimate(planned.expected, iterations, planned.expected * iterations, pictures, generated)
 
@@ -127,12 +128,15 @@ def _timed_rows(grid: Grid) -> tuple[float, float, float]:
     x = torch.zeros(ROWS, *model.latent_shape, device=model.device, dtype=model.dtype)
     condition = model.condition([""] * ROWS)
 
+    def denoised() -> Tensor:
+        return model.predict(x, 500, condition, guidance=1.0, adapter=Adapter()).conditional
+
     def forward() -> None:
         with torch.no_grad():
-            model.denoise(x, 500, condition, Adapter())
+            denoised()
 
     def both() -> None:
-        model.denoise(x, 500, condition, Adapter()).float().square().sum().backward()
+        denoised().float().square().sum().backward()
 
     def decode() -> None:
         with torch.no_grad():

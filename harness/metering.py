@@ -20,6 +20,7 @@ from harness.api import (
     Randomness,
     Request,
     Reward,
+    SamplerConfig,
 )
 
 Generate = Callable[[Sequence[Request], Generation], Tensor]
@@ -71,8 +72,13 @@ class MeteredModel(DiffusionModel):
         self.name, self.latent_shape = inner.name, inner.latent_shape
         self.prediction_type, self.training_timesteps = inner.prediction_type, inner.training_timesteps
         self.device, self.dtype = inner.device, inner.dtype
+        self.embedded_guidance = inner.embedded_guidance
 
-    def alpha_sigma(self, t: int) -> tuple[float, float]:
+    def timesteps(self, config: SamplerConfig) -> Sequence[float]:
+        """As the inner model."""
+        return self._inner.timesteps(config)
+
+    def alpha_sigma(self, t: float) -> tuple[float, float]:
         """As the inner model."""
         return self._inner.alpha_sigma(t)
 
@@ -80,7 +86,7 @@ class MeteredModel(DiffusionModel):
         """As the inner model."""
         return self._inner.condition(texts)
 
-    def denoise(self, x_BCHW: Tensor, t: int, condition: Conditioning, adapter: Adapter) -> Tensor:
+    def denoise(self, x_BCHW: Tensor, t: float, condition: Conditioning, adapter: Adapter) -> Tensor:
         """Counts the rows by kind."""
         rows = len(x_BCHW)
         if _inside_backward():

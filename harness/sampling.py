@@ -1,7 +1,9 @@
 """The one sampling loop: deterministic and stochastic steps, log-probabilities, and where the gradient starts.
 
 Every method's chain is this loop. A step is x_t -> N(mean, std^2) with the DDIM family's mean and std (Song et al.
-2021, eq. 12 and 16); eta = 0 makes it deterministic, and then it is no action: it has no log-probability.
+2021, eq. 12 and 16); eta = 0 makes it deterministic, and then it is no action: it has no log-probability. The family
+holds for any (alpha, sigma): whatever std is, the step leads from the marginals at t to those at the next timestep,
+so that flow models have the same deterministic (there: Euler's) and stochastic samplers.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ class Step:
         t: Timestep that the denoiser is told.
         alpha, sigma: Of x_t = alpha*x0 + sigma*noise at t.
         alpha_next, sigma_next: The same after the step.
-        std: Standard deviation of the step's noise: eta * sigma_next/sigma * sqrt(1 - (alpha/alpha_next)^2).
+        std: Standard deviation of the step's noise: eta * sigma_next/sigma * sqrt(sigma^2 - (alpha/alpha_next)^2 *
+            sigma_next^2). With eta = 1 it is that of x_next given x_t and x0, where noise was added step by step.
     """
 
     index: int
-    t: int
+    t: float
     alpha: float
     sigma: float
     alpha_next: float
@@ -48,7 +51,7 @@ class Transition:
 
 
 def timesteps(training_timesteps: int, config: SamplerConfig) -> list[int]:
-    """The visited timesteps, most noise first, as diffusers' schedulers define the two spacings."""
+    """Timesteps of models with discrete ones, most noise first, as diffusers' schedulers define the two spacings."""
     n, T = training_timesteps, config.steps
     if config.spacing == "trailing":
         return [round(n - i * n / T) - 1 for i in range(T)]
@@ -57,13 +60,16 @@ def timesteps(training_timesteps: int, config: SamplerConfig) -> list[int]:
 
 def schedule(model: DiffusionModel, config: SamplerConfig) -> tuple[Step, ...]:
     """The steps of a chain of `config` on `model`."""
-    visited = timesteps(model.training_timesteps, config)
+    visited = model.timesteps(config)
     final = (1.0, 0.0) if config.final_alpha == "one" else model.alpha_sigma(0)
     levels = [*(model.alpha_sigma(t) for t in visited), final]
     steps = []
     for index, t in enumerate(visited):
         (alpha, sigma), (alpha_next, sigma_next) = levels[index], levels[index + 1]
-        std = config.eta * sigma_next / sigma * math.sqrt(max(0.0, 1 - (alpha / alpha_next) ** 2))
+        ratio = alpha / alpha_next
+        # Where alpha^2 + sigma^2 = 1 the two are one number, but the first is exact at a step that adds no noise.
+        added = 1 - ratio**2 if model.prediction_type != "flow" else sigma**2 - (ratio * sigma_next) ** 2
+        std = config.eta * sigma_next / sigma * math.sqrt(max(0.0, added))
         steps.append(Step(index, t, alpha, sigma, alpha_next, sigma_next, std))
     return tuple(steps)
 

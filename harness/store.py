@@ -137,7 +137,7 @@ PROBE_COLUMNS = {
     "estimator": "string",
     "guidance": "float64",
     "step": "int64",
-    "t": "int64",
+    "t": "float64",
     "prompt_id": "string",
     "noise_id": "int64",
     "quantity": "string",

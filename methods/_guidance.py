@@ -157,9 +157,9 @@ class GuidedTuner(InferenceFineTuner, Generic[ConfigT]):
     def measured(self, scene: Scene, step: Step, prediction: Prediction, gradient: Tensor) -> Tensor:
         """The gradient scaled, picture by picture, to guidance * rms(noise_conditional - noise_unconditional).
 
-        Without classifier-free guidance there is no such difference; rms(noise) stands in.
+        Without an unconditional branch there is no such difference; rms(noise) stands in.
         """
-        if scene.guidance == 1.0:
+        if self.model.rows_per_latent(scene.guidance) == 1:
             size = rms(prediction.noise)
         else:
             alpha, sigma = step.alpha, step.sigma  # what turns the network's output into noise
@@ -171,7 +171,7 @@ class GuidedTuner(InferenceFineTuner, Generic[ConfigT]):
     def planned_cost(self) -> CostRange:
         """Of one picture: T steps, of which the guided ones are taken `recurrences` times."""
         sampler = self.context.sampler
-        rows, window = (1 if sampler.guidance == 1.0 else 2), len(self.window(sampler))
+        rows, window = self.model.rows_per_latent(sampler.guidance), len(self.window(sampler))
         cost = Cost(forward_rows=rows * (sampler.steps - window))
         cost = cost + self.guided_cost(rows) * (window * self.config.recurrences)
         return CostRange(cost, cost)

@@ -66,7 +66,7 @@ class Lesson:
     weight: float
 
 
-def loss_target(model: DiffusionModel, x0: Tensor, t: int, noise: Tensor) -> Tensor:
+def loss_target(model: DiffusionModel, x0: Tensor, t: float, noise: Tensor) -> Tensor:
     """What a perfect denoiser would answer to alpha*x0 + sigma*noise if it knew the noise."""
     alpha, sigma = model.alpha_sigma(t)
     match model.prediction_type:
@@ -94,8 +94,6 @@ class LikelihoodTuner(OptimizerState, Generic[ConfigT]):
             )
         self.model, self.reward, self.config, self.context = model, reward, config, context
         self.levels = [step.t for step in schedule(model, context.sampler)]
-        if config.timesteps == "all":
-            self.levels = list(range(model.training_timesteps))
         self.guidance = context.sampler.guidance if config.guided_loss else 1.0
         self.optimizer = context.optimizer(list(model.adapter_parameters().values()), config.optimizer)
 
@@ -104,7 +102,7 @@ class LikelihoodTuner(OptimizerState, Generic[ConfigT]):
         """What is learnt from G prompts with K pictures each; picture k of prompt g has place g*K + k."""
 
     @abstractmethod
-    def loss(self, lessons: Sequence[Lesson], t: int, noise: Tensor) -> Tensor:
+    def loss(self, lessons: Sequence[Lesson], t: float, noise: Tensor) -> Tensor:
         """Loss of each lesson (B,), not weighted, at timestep t with this noise (B, C, H, W)."""
 
     @property
@@ -147,10 +145,9 @@ class LikelihoodTuner(OptimizerState, Generic[ConfigT]):
 
     def update(self, lessons: Sequence[Lesson], draws: Randomness) -> tuple[float, float]:
         """One optimiser step on the weighted loss of all lessons, each at its own t; loss and gradient norm."""
-        groups: dict[int, list[Lesson]] = {}
+        groups: dict[float, list[Lesson]] = {}
         for lesson in lessons:
-            key = self.key(lesson)
-            groups.setdefault(self.levels[draws.integer("t", *key, below=len(self.levels))], []).append(lesson)
+            groups.setdefault(self.timestep(lesson, draws), []).append(lesson)
         total = 0.0
         self.optimizer.zero_grad()
         for t, group in sorted(groups.items()):
@@ -163,12 +160,19 @@ class LikelihoodTuner(OptimizerState, Generic[ConfigT]):
                 total += loss.item()
         return total, self.optimizer.step()
 
+    def timestep(self, lesson: Lesson, draws: Randomness) -> float:
+        """The lesson's t: one that sampling visits, or any of training."""
+        key = ("t", *self.key(lesson))
+        if self.config.timesteps == "all":
+            return self.model.draw_timestep(draws, *key)
+        return self.levels[draws.integer(*key, below=len(self.levels))]
+
     def key(self, lesson: Lesson) -> tuple[str, int]:
         """What the lesson's t and noise are keyed by: the ids of its first picture."""
         request = lesson.pictures[0].request
         return request.prompt.id, request.noise_id
 
-    def error(self, pictures: Sequence[Picture], t: int, noise: Tensor, adapter: Adapter) -> Tensor:
+    def error(self, pictures: Sequence[Picture], t: float, noise: Tensor, adapter: Adapter) -> Tensor:
         """Denoising loss of each picture (B,)."""
         x0 = torch.stack([picture.latent for picture in pictures])
         condition = self.model.condition([picture.request.prompt.text for picture in pictures])
@@ -180,8 +184,8 @@ class LikelihoodTuner(OptimizerState, Generic[ConfigT]):
     def cost(self, learnt: int, reference: int = 0) -> CostRange:
         """A collection, and in each epoch a pass over `learnt` pictures and over `reference` without gradient."""
         pictures, epochs = self.config.rollout_size, self.config.epochs
-        rows = 1 if self.guidance == 1.0 else 2
-        sampling = (1 if self.context.sampler.guidance == 1.0 else 2) * self.context.sampler.steps
+        rows = self.model.rows_per_latent(self.guidance)
+        sampling = self.model.rows_per_latent(self.context.sampler.guidance) * self.context.sampler.steps
         cost = Cost(
             forward_rows=pictures * sampling + epochs * reference * rows,
             gradient_rows=epochs * learnt * rows,
@@ -210,7 +214,7 @@ class WeightedLikelihoodTuner(LikelihoodTuner[ConfigT], Generic[ConfigT]):
         kept = weights.argsort(descending=True, stable=True)[: self.kept].sort().values.tolist()
         return [Lesson((pictures[i],), weights[i].item()) for i in kept]
 
-    def loss(self, lessons: Sequence[Lesson], t: int, noise: Tensor) -> Tensor:
+    def loss(self, lessons: Sequence[Lesson], t: float, noise: Tensor) -> Tensor:
         """The denoising loss."""
         return self.error([lesson.pictures[0] for lesson in lessons], t, noise, Adapter())
 

@@ -117,7 +117,7 @@ class RewardGradientTuner(OptimizerState, Generic[ConfigT]):
             **options,
         )
 
-    def predict(self, x: Tensor, t: int, batch: Batch, **options: Any) -> Prediction:
+    def predict(self, x: Tensor, t: float, batch: Batch, **options: Any) -> Prediction:
         """The guided prediction with the adapter on, unless `options` of `DiffusionModel.predict` say otherwise."""
         settings = {"guidance": self.sampler.guidance, "adapter": Adapter(), **options}
         return self.model.predict(x, t, batch.condition, **settings)
@@ -129,7 +129,7 @@ class RewardGradientTuner(OptimizerState, Generic[ConfigT]):
     @property
     def rows_per_picture(self) -> int:
         """Denoiser rows of one prediction: two with classifier-free guidance."""
-        return 1 if self.sampler.guidance == 1.0 else 2
+        return self.model.rows_per_latent(self.sampler.guidance)
 
     def require_steps(self, setting: str, count: int) -> None:
         """Refuse a setting that asks for more steps than the chain has."""

@@ -157,7 +157,7 @@ class RolloutTuner(TrainedFineTuner, Generic[RolloutConfigT]):
     def cost(self, reference_steps: int = 0) -> CostRange:
         """T forward steps to sample, `reference_steps` more without gradient, A with gradient for the A actions."""
         pictures = self.config.rollout_size
-        rows = pictures * (1 if self.sampler.guidance == 1.0 else 2)
+        rows = pictures * self.model.rows_per_latent(self.sampler.guidance)
         trained = rows * len(self.actions)
         cost = Cost(
             forward_rows=rows * (len(self.steps) + reference_steps),

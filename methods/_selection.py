@@ -71,6 +71,6 @@ class SelectionTuner(InferenceFineTuner, Generic[ConfigT]):
 
     def planned_cost(self) -> CostRange:
         """Of one picture: every candidate takes a chain without gradient, a decode and a query."""
-        rows = 1 if self.context.sampler.guidance == 1.0 else 2
+        rows = self.model.rows_per_latent(self.context.sampler.guidance)
         each = Cost(forward_rows=rows * self.context.sampler.steps, decodes=1, queries=1)
         return CostRange(each * self.candidates, each * self.candidates)

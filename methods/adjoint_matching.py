@@ -192,8 +192,8 @@ class AdjointMatching(TrainedFineTuner):
     def planned_cost(self) -> CostRange:
         """Sampling, the base's mean at x_T, T - 1 vector-Jacobian products, and S steps of the regression."""
         T, pictures = len(self.steps), self.config.batch_size
-        sampled = pictures * (1 if self.sampler.guidance == 1.0 else 2)
-        matched = pictures * (1 if self.guidance == 1.0 else 2)
+        sampled = pictures * self.model.rows_per_latent(self.sampler.guidance)
+        matched = pictures * self.model.rows_per_latent(self.guidance)
         differentiated = matched * (T - 1 + self.stored)
         cost = Cost(
             forward_rows=sampled * T + matched,

@@ -46,7 +46,7 @@ class DPO(LikelihoodTuner[DPOConfig]):
         pairs = ranked_pairs(rewards_GK)
         return [Lesson((pictures[p.winner], pictures[p.loser]), p.weight / len(pairs)) for p in pairs]
 
-    def loss(self, lessons: Sequence[Lesson], t: int, noise: Tensor) -> Tensor:
+    def loss(self, lessons: Sequence[Lesson], t: float, noise: Tensor) -> Tensor:
         """-log sigmoid of how much better the adapter has become for winners than for losers."""
         pictures = [lesson.pictures[0] for lesson in lessons] + [lesson.pictures[1] for lesson in lessons]
         both = torch.cat([noise, noise])

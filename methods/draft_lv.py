@@ -48,8 +48,9 @@ class DraftLV(RewardGradientTuner[DraftLVConfig]):
         super().__init__(model, reward, config, context)
         level = self.steps[-1].t if config.level is None else config.level
         self.low, self.high = level if isinstance(level, tuple) else (level, level)
-        if not 0 <= self.low <= self.high < model.training_timesteps:
-            limit = f"0 <= first <= last < {model.training_timesteps}"
+        least = 1 if model.prediction_type == "flow" else 0  # the timestep 0 of a flow model is the clean latent
+        if not least <= self.low <= self.high <= model.training_timesteps - 1 + least:
+            limit = f"{least} <= first <= last <= {model.training_timesteps - 1 + least}"
             raise UserError(f"draft-lv.level={config.level} is no timestep or range of them; keep to {limit}")
         self.terms = config.n + (1 if config.keep_base else 0)
 
@@ -62,7 +63,7 @@ class DraftLV(RewardGradientTuner[DraftLVConfig]):
             with torch.no_grad():
                 clean = self.model.encode(self.model.decode(clean)).to(clean)
         for i in range(self.config.n):
-            level = self.low + draws.integer("level", i, below=self.high - self.low + 1)
+            level = self.low + draws.integer("level", i, below=int(self.high - self.low) + 1)
             noisy = self.model.noised(clean, level, self.fresh_noise(batch, i))
             rewards.append(self.score(self.predict(noisy, level, batch).x0, batch))
         total = torch.stack(rewards).sum(0)

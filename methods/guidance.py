@@ -19,8 +19,8 @@ from dataclasses import replace
 from pydantic import Field
 from torch import Tensor
 
-from harness.api import Cost, Prediction
-from harness.sampling import Step
+from harness.api import Context, Cost, DiffusionModel, Prediction, Reward, UserError
+from harness.sampling import Step, schedule
 from methods._guidance import GuidanceConfig, GuidedTuner, Scene
 
 
@@ -39,6 +39,16 @@ class UniversalGuidance(GuidedTuner[UniversalGuidanceConfig]):
     stochastic = False
     needs_reward_gradient = True
     Config = UniversalGuidanceConfig
+
+    def __init__(
+        self, model: DiffusionModel, reward: Reward, config: UniversalGuidanceConfig, context: Context
+    ) -> None:
+        super().__init__(model, reward, config, context)
+        if config.begin == 0 and schedule(model, context.sampler)[0].alpha == 0:
+            raise UserError(
+                f"guidance does not fit the first step on {model.name}: what it starts from is pure noise (alpha 0), "
+                "and no change of the noise gives another clean latent there; set guidance.begin, for example to 0.1"
+            )
 
     def guided(self, scene: Scene, step: Step, x_t: Tensor) -> Prediction:
         """The noise less s*sigma*g, and the clean latent that goes with it: x0 + s*sigma^2/alpha*g."""

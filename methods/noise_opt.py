@@ -109,13 +109,13 @@ class NoiseOptimisation(InferenceFineTuner):
 
     def checkpointed(self, sampler: SamplerConfig, gradient_steps: int) -> bool:
         """Whether chains are checkpointed: one decision by the largest batch, so that the cost is known beforehand."""
-        rows = 1 if sampler.guidance == 1.0 else 2
+        rows = self.model.rows_per_latent(sampler.guidance)
         return self.context.checkpointing(gradient_steps, self.context.micro_batch * rows)
 
     def planned_cost(self) -> CostRange:
         """Of one picture: I differentiated chains and their rewards, and the last chain."""
         sampler = self.context.sampler
-        rows = sampler.steps * (1 if sampler.guidance == 1.0 else 2)
+        rows = sampler.steps * self.model.rows_per_latent(sampler.guidance)
         update = Cost(
             gradient_rows=rows,
             recomputed_rows=rows if self.checkpointed(sampler, sampler.steps) else 0,

@@ -59,7 +59,7 @@ class ReFL(RewardGradientTuner[ReFLConfig]):
     def denoising_loss(self, batch: Batch, draws: Randomness) -> Tensor:
         """Mean squared error (B,) of the noise in the base model's pictures, at one timestep for the whole update."""
         x_0 = self.chain(batch, gradient_steps=0, adapter=BASE)
-        t = draws.integer("pretraining timestep", below=self.model.training_timesteps)
+        t = self.model.draw_timestep(draws, "pretraining timestep")
         keys = [(r.prompt.id, r.noise_id) for r in batch.requests]
         noise = torch.stack([draws.normal(self.model.latent_shape, "pretraining", *key) for key in keys]).to(x_0)
         prediction = self.predict(self.model.noised(x_0, t, noise), t, batch, guidance=1.0)

@@ -204,7 +204,7 @@ class SMC(InferenceFineTuner):
     def planned_cost(self) -> CostRange:
         """Of one picture: N chains, N queries at each weighed step and at the end, resampled or not."""
         sampler = self.context.sampler
-        N, rows = self.config.particles, (1 if sampler.guidance == 1.0 else 2)
+        N, rows = self.config.particles, self.model.rows_per_latent(sampler.guidance)
         scored = N * (len(self.weighed(sampler)) + 1)
         cost = Cost(forward_rows=N * rows * sampler.steps, decodes=scored, queries=scored)
         return CostRange(cost, cost)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from diffusers import AutoencoderKL, ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -19,30 +17,7 @@ from transformers import PreTrainedModel
 from harness.api import Adapter, AdapterConfig, AdapterFile, Conditioning, DiffusionModel, Randomness, UserError
 from models._adapter_files import read_adapter
 from models._lora import Lora, is_factor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The folders of a family's directory, each with the class that reads it; `vae` is an AutoencoderKL in all.
-
-    Attributes:
-        pipeline: The family's pipeline in diffusers, which writes adapters.
-        denoiser: `unet` or `transformer`, with its class.
-        text_encoders: By folder.
-        tokenizers: By folder.
-        scheduler: Class of the folder `scheduler`.
-    """
-
-    pipeline: type[Any]
-    denoiser: tuple[str, type[Any]]
-    text_encoders: Mapping[str, type[Any]]
-    tokenizers: Mapping[str, type[Any]]
-    scheduler: type[Any]
-
-    @property
-    def folders(self) -> list[str]:
-        """All of them."""
-        return [self.denoiser[0], "vae", *self.text_encoders, *self.tokenizers, "scheduler"]
+from models._parts import Layout, load_parts
 
 
 class LatentDiffusion(DiffusionModel):
@@ -64,6 +39,7 @@ class LatentDiffusion(DiffusionModel):
         text_encoders: Frozen, by folder.
         tokenizers: By folder.
         scheduler: As stored; only its settings are used.
+        settings: The content of `model_index.json`.
 
     Raises:
         UserError: The directory lacks a part, or a part cannot be loaded.
@@ -76,24 +52,25 @@ class LatentDiffusion(DiffusionModel):
     text_encoders: dict[str, PreTrainedModel]
     tokenizers: dict[str, Any]
     scheduler: Any
+    settings: Mapping[str, Any]
 
     def __init__(
         self, source: str, device: torch.device, dtype: torch.dtype = torch.float32, revision: str | None = None
     ) -> None:
         self.name = Path(source).name if Path(source).is_dir() else source
         self.device, self.dtype = device, dtype
-        parts = _load_parts(source, self.layout, dtype, revision)
-        self.denoiser = _frozen(parts[self.layout.denoiser[0]], device)
-        self.vae = _frozen(parts["vae"], device)
-        self.text_encoders = {folder: _frozen(parts[folder], device) for folder in self.layout.text_encoders}
-        self.tokenizers = {folder: parts[folder] for folder in self.layout.tokenizers}
-        self.scheduler = parts["scheduler"]
+        parts = load_parts(source, self.layout, dtype, revision)
+        self.denoiser, self.vae = _frozen(parts.denoiser, device), _frozen(parts.vae, device)
+        self.text_encoders = {folder: _frozen(encoder, device) for folder, encoder in parts.text_encoders.items()}
+        self.tokenizers, self.scheduler, self.settings = parts.tokenizers, parts.scheduler, parts.settings
+        if self.vae.config.latents_mean is not None or self.vae.config.latents_std is not None:
+            raise UserError(f"{self.name}: an autoencoder with latents_mean and latents_std is not supported")
         self.training_timesteps = int(self.scheduler.config.num_train_timesteps)
         self._texts: dict[str, dict[str, Tensor]] = {}
         self._lora = Lora(self.denoiser)
 
     @abstractmethod
-    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """What the denoiser is told about each prompt: tensors with a leading dimension B, any floating dtype."""
 
     @abstractmethod
@@ -195,50 +172,5 @@ class LatentDiffusion(DiffusionModel):
         return digest.hexdigest()
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> Tensor:
-    """Token ids (B, length), padded; over-long texts are cut."""
-    tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    ids: Tensor = tokens.input_ids.to(device)
-    return ids
-
-
 def _frozen(module: Any, device: torch.device) -> Any:
     return module.to(device).eval().requires_grad_(False)
-
-
-def _load_parts(source: str, layout: Layout, dtype: torch.dtype, revision: str | None) -> dict[str, Any]:
-    pipeline, local = layout.pipeline.__name__, Path(source)
-    if local.is_dir():
-        absent = [folder for folder in layout.folders if not (local / folder).is_dir()]
-        if absent:
-            raise UserError(
-                f"{source} is no {pipeline} directory: it lacks {', '.join(absent)}. "
-                f"Expected the folders {', '.join(layout.folders)}, as `pipeline.save_pretrained` writes them."
-            )
-    half = dtype in (torch.float16, torch.bfloat16)
-    denoiser, denoiser_class = layout.denoiser
-    models = {denoiser: (denoiser_class, {"torch_dtype": dtype})}
-    models["vae"] = (AutoencoderKL, {"torch_dtype": torch.float32 if half else dtype})
-    told = {_transformers_dtype(): torch.float32 if dtype == torch.float16 else dtype}
-    models |= {folder: (encoder, told) for folder, encoder in layout.text_encoders.items()}
-    others = {**layout.tokenizers, "scheduler": layout.scheduler}
-    common: dict[str, Any] = {} if revision is None else {"revision": revision}
-    parts: dict[str, Any] = {}
-    try:
-        for folder, (kind, precision) in models.items():
-            parts[folder] = kind.from_pretrained(source, subfolder=folder, use_safetensors=True, **precision, **common)
-        for folder, kind in others.items():
-            parts[folder] = kind.from_pretrained(source, subfolder=folder, **common)
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the model {source!r} cannot be loaded: {first}. Give a local directory written by "
-            f"`{pipeline}.save_pretrained` (safetensors), or a hub id that is cached or reachable."
-        ) from error
-    return parts
-
-
-def _transformers_dtype() -> str:
-    """What transformers calls the dtype to load in: renamed in 4.56, where the old name began to warn."""
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return "dtype" if version >= (4, 56) else "torch_dtype"

@@ -15,7 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.api import Adapter, AdapterConfig, AdapterFile, Conditioning, DiffusionModel, Randomness, UserError
+from harness.api import (
+    Adapter,
+    AdapterConfig,
+    AdapterFile,
+    Conditioning,
+    DiffusionModel,
+    Randomness,
+    SamplerConfig,
+    UserError,
+)
+from harness.sampling import timesteps
 
 PIPELINES = ()
 
@@ -45,15 +55,19 @@ class GaussianModel(DiffusionModel):
         self._alphas_cumprod: list[float] = torch.cumprod(1 - betas, 0).tolist()
         self._adapter: dict[str, nn.Parameter] = {}
 
-    def alpha_sigma(self, t: int) -> tuple[float, float]:
+    def timesteps(self, config: SamplerConfig) -> Sequence[float]:
+        """Those of a model with discrete timesteps."""
+        return timesteps(self.training_timesteps, config)
+
+    def alpha_sigma(self, t: float) -> tuple[float, float]:
         """Stable Diffusion's schedule."""
-        return self._alphas_cumprod[t] ** 0.5, (1 - self._alphas_cumprod[t]) ** 0.5
+        return self._alphas_cumprod[int(t)] ** 0.5, (1 - self._alphas_cumprod[int(t)]) ** 0.5
 
     def condition(self, texts: Sequence[str]) -> Conditioning:
         """One constant per row."""
         return Conditioning({"constant": torch.zeros(len(texts), 1, dtype=self.dtype)})
 
-    def denoise(self, x_BCHW: Tensor, t: int, condition: Conditioning, adapter: Adapter) -> Tensor:
+    def denoise(self, x_BCHW: Tensor, t: float, condition: Conditioning, adapter: Adapter) -> Tensor:
         """E[noise | x_t], plus the adapter's affine term."""
         alpha, sigma = self.alpha_sigma(t)
         noise = sigma * (x_BCHW - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)

@@ -38,7 +38,11 @@ class TimedGaussian(DiffusionModel):
         self._rows = {step.t: row for row, step in enumerate(schedule(self._base, sampler))}
         self._adapter: dict[str, nn.Parameter] = {}
 
-    def alpha_sigma(self, t: int) -> tuple[float, float]:
+    def timesteps(self, config: SamplerConfig) -> Sequence[float]:
+        """As the Gaussian model."""
+        return self._base.timesteps(config)
+
+    def alpha_sigma(self, t: float) -> tuple[float, float]:
         """As the Gaussian model."""
         return self._base.alpha_sigma(t)
 
@@ -46,7 +50,7 @@ class TimedGaussian(DiffusionModel):
         """As the Gaussian model."""
         return self._base.condition(texts)
 
-    def denoise(self, x_BCHW: Tensor, t: int, condition: Conditioning, adapter: Adapter) -> Tensor:
+    def denoise(self, x_BCHW: Tensor, t: float, condition: Conditioning, adapter: Adapter) -> Tensor:
         """E[noise | x_t], plus this timestep's affine term."""
         noise = self._base.denoise(x_BCHW, t, condition, BASE)
         if not self._adapter:

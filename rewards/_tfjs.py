@@ -134,6 +134,7 @@ def read_weights(groups: list[Any], contents: Mapping[str, str]) -> dict[str, Te
 
 def torch_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the names and in the order of dimensions of `LayersNetwork`."""
+    orders: dict[str, dict[int, tuple[int, ...]]]
     orders = {"kernel": {4: (3, 2, 0, 1), 2: (1, 0)}, "depthwise_kernel": {4: (2, 3, 0, 1)}}
     state = {}
     for name, value in weights.items():

@@ -367,8 +367,11 @@ def _assign(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, section by section."""
-    result = dict(base)
+    """`over` laid over `base`, section by section.
+
+    An optimiser's setting may stand without its section (`learning_rate`); one with it displaces an earlier one without.
+    """
+    result = {key: value for key, value in base.items() if key not in over.get("optimizer", ())}
     for key, value in over.items():
         known = result.get(key)
         both = isinstance(value, Mapping) and isinstance(known, Mapping) and key != "prompts"

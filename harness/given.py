@@ -30,6 +30,7 @@ from harness.api import (
     UserError,
 )
 from harness.evaluation import Evaluated, Pictures
+from harness.pictures import load_picture, read_pictures
 from harness.sampling import generate
 
 
@@ -122,8 +123,6 @@ class GivenPictures(Given):
         Raises:
             UserError: A prompt has too few.
         """
-        from harness.pictures import read_pictures
-
         by_text: dict[str, list[Path]] = defaultdict(list)
         for picture in read_pictures([self.config.path], self.config.prompts):
             by_text[picture.prompt.text].append(picture.path)
@@ -134,7 +133,7 @@ class GivenPictures(Given):
                 f"that are evaluated, as of {lacking[0]!r}; the prompts file must name them with the suite's text "
                 "(--suite and --eval-latents say which and how many)"
             )
-        return {prompt.text: sorted(by_text[prompt.text])[:number] for prompt in prompts}
+        return {prompt.text: by_text[prompt.text][:number] for prompt in prompts}
 
     def pictures(self, evaluated: Sequence[Evaluated]) -> Pictures:
         """8-bit pictures (N, H, W, 3): the k-th of a prompt stands for its noise id k.
@@ -142,8 +141,6 @@ class GivenPictures(Given):
         Raises:
             UserError: A prompt has too few, or sizes differ.
         """
-        from harness.pictures import load_picture
-
         number = 1 + max(item.request.noise_id for item in evaluated)
         files = self.files([item.request.prompt for item in evaluated], number)
         loaded = [load_picture(files[i.request.prompt.text][i.request.noise_id]) for i in evaluated]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 import harness
 from harness.api import DiffusionModel, FineTuner, InferenceConfig, InferenceFineTuner, Prompt, PromptSuite, Reward
-from harness.config import ArmConfig, RunConfig, SamplerConfig, explain, split_outside_brackets
+from harness.config import ArmConfig, RunConfig, SamplerConfig, explain, merge, split_outside_brackets
 from harness.errors import UserError, nearest
 from harness.given import Given
 from harness.prompts import SPLITS
@@ -113,7 +113,7 @@ def build_arm(arm: ArmConfig, config: RunConfig) -> Arm:
             f"{arm.label}: {arm.method} trains nothing and generates with the run's sampler; "
             "set that one for all arms, as in --set sampler.steps=20"
         )
-    values = _with_optimizer({**config.settings.get(arm.method, {}), **overrides}, finetuner)
+    values = _with_optimizer(merge(config.settings.get(arm.method, {}), overrides), finetuner)
     try:
         method_config = finetuner.Config.model_validate(values)
     except ValidationError as error:
@@ -186,6 +186,8 @@ class Grid:
         self._check_rewards(trained_on)
         self._check_variants()
         self.model = model or load_model(self.source, pick_device(config.device), pick_dtype(config), config.revision)
+        for sampler in [config.sampler, *(arm.sampler for arm in self.arms.values())]:
+            self.model.timesteps(sampler)  # refuses a chain that the model does not have
         self.evaluated: dict[str, tuple[Prompt, ...]] = {
             split: self.suite.split(split)[: config.evaluation.prompts[split]]
             for split in SPLITS

@@ -161,6 +161,17 @@ def test_a_method_that_trains_nothing_has_no_optimizer() -> None:
             build_arm(ArmConfig(label="x", method=method, overrides=overrides), config)
 
 
+@pytest.mark.parametrize("spelling", ["draft.learning_rate=0.5", "draft.optimizer.learning_rate=0.5"])
+def test_a_setting_of_the_optimizer_may_stand_with_its_section_or_without(spelling: str) -> None:
+    """What was passed wins over the preset, and an arm's own over both, however each spells it."""
+    config = resolve({"methods": ["draft"], "preset": "quick", **parse_set([spelling])})
+    arm = build_arm(ArmConfig(label="x", method="draft"), config)
+    assert arm.config.model_dump()["optimizer"]["learning_rate"] == 0.5
+    for overrides in ({"learning_rate": 0.25}, {"optimizer": {"learning_rate": 0.25}}):
+        arm = build_arm(ArmConfig(label="x", method="draft", overrides=overrides), config)
+        assert arm.config.model_dump()["optimizer"]["learning_rate"] == 0.25
+
+
 def test_an_arm_may_have_a_sampler_of_its_own() -> None:
     """The arm's training sampler changes, the run's evaluation sampler does not."""
     config = resolve({"preset": "smoke", "arms": [vars(parse_arm("few: draft sampler.steps=2"))], "model": "gaussian"})

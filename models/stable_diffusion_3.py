@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from harness.api import Adapter, Conditioning
+from harness.api import Adapter, Conditioning, UserError
 from models._flow import FlowMatching
 from models._parts import Layout, token_ids
 
@@ -49,6 +49,11 @@ class StableDiffusion3(FlowMatching):
     ) -> None:
         super().__init__(source, device, dtype, revision)
         self.patch_size = int(self.denoiser.config.patch_size)
+        if ("text_encoder_3" in self.text_encoders) != ("tokenizer_3" in self.tokenizers):
+            raise UserError(
+                f"{source}: model_index.json leaves out one of text_encoder_3 and tokenizer_3; give [null, null] for "
+                "both, or for neither"
+            )
         side = int(self.denoiser.config.sample_size)
         self.latent_shape = (int(self.denoiser.config.in_channels), side, side)
 

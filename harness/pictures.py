@@ -55,7 +55,10 @@ def read_pictures(paths: Sequence[Path], prompts: Path | str | None) -> list[Pic
     """
     files = _files(paths)
     if prompts is None:
-        raise UserError(f"what are the pictures of? Give --prompt TEXT, or --prompts FILE: {PROMPTS_FORMAT}")
+        raise UserError(
+            f"what are the pictures of? Give --prompts FILE: {PROMPTS_FORMAT}; or --prompt TEXT for all of them (an "
+            "empty one where no reward reads it)"
+        )
     if isinstance(prompts, str):
         return [Picture(file, _prompt(prompts, {})) for file in files]
     if prompts.suffix.lower() == ".txt":

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.config import AdapterConfig, InferenceConfig, MethodConfig, OptimizerConfig, SamplerConfig
+from harness.config import AdapterConfig, DenoiserConfig, InferenceConfig, MethodConfig, OptimizerConfig, SamplerConfig
 from harness.cost import Cost, CostRange
 from harness.errors import Diverged, UserError
 from harness.prompts import Prompt, PromptSuite
@@ -32,6 +32,7 @@ __all__ = [
     "Context",
     "Cost",
     "CostRange",
+    "DenoiserConfig",
     "DiffusionModel",
     "Diverged",
     "Embedding",
@@ -164,6 +165,7 @@ class DiffusionModel(ABC):
         training_timesteps: Number of discrete timesteps (1000 for Stable Diffusion 1.x); of a flow model, the timestep
             of pure noise.
         embedded_guidance: The denoiser was distilled to be told the guidance scale, and has no unconditional branch.
+        checkpoint_inside: Each row of the denoiser that keeps its graph is computed again in the backward pass.
     """
 
     name: str
@@ -173,6 +175,15 @@ class DiffusionModel(ABC):
     dtype: torch.dtype
     training_timesteps: int
     embedded_guidance: bool = False
+    checkpoint_inside: bool = False
+
+    @abstractmethod
+    def configure(self, config: DenoiserConfig) -> None:
+        """Choose how the denoiser computes; called once, before anything else, and only where it is not the default.
+
+        Raises:
+            UserError: The model cannot.
+        """
 
     @abstractmethod
     def timesteps(self, config: SamplerConfig) -> Sequence[float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from harness.api import Cost, FineTuner, Prompt, Randomness, Reward, UserError
+from harness.api import Cost, CostRange, DiffusionModel, FineTuner, Prompt, Randomness, Reward, UserError
 from harness.context import CellContext
 from harness.given import GivenPictures
 from harness.grid import Arm, Grid
@@ -32,6 +33,18 @@ def assemble(
     return arm.finetuner(MeteredModel(model, meter), reward, arm.config, context)
 
 
+def planned_cost(tuner: FineTuner, model: DiffusionModel) -> CostRange:
+    """What a method plans, and the rows that a denoiser recomputes by itself in each backward pass."""
+    plan = tuner.planned_cost()
+    if not model.checkpoint_inside:
+        return plan
+    expected, maximal = (
+        replace(cost, recomputed_rows=cost.recomputed_rows + cost.backward_rows)
+        for cost in (plan.expected, plan.maximal)
+    )
+    return CostRange(expected, maximal)
+
+
 def iteration_cost(cost: Cost, components: int, unit: str) -> float:
     """What an iteration of this planned cost takes from a budget of `unit`; 0 for seconds, which nobody can plan."""
     amounts = {"queries": cost.queries * components, "denoiser_rows": cost.denoiser_rows, "iterations": 1.0}
@@ -51,7 +64,7 @@ def check_arms(grid: Grid) -> None:
             tuner = assemble(grid, arm, expression, declared, Meter(), seed=0)
             if isinstance(tuner, GivenPictures):
                 tuner.files([p for part in grid.evaluated.values() for p in part], grid.config.evaluation.latents)
-            needed = iteration_cost(tuner.planned_cost().maximal, len(terms), budget.unit)
+            needed = iteration_cost(planned_cost(tuner, grid.model).maximal, len(terms), budget.unit)
             if needed > budget.amount and not arm.inference:
                 raise UserError(
                     f"a budget of {budget.amount:g} {budget.unit} does not pay for one iteration of {arm.label} on "

@@ -14,7 +14,7 @@ import torch
 
 from harness import store
 from harness.api import CostRange, Diverged, Generation, Prompt, Randomness, Request, TrainedFineTuner
-from harness.assembly import assemble, iteration_cost
+from harness.assembly import assemble, iteration_cost, planned_cost
 from harness.early_stopping import EarlyStopping
 from harness.grid import BASE_CELL, Cell
 from harness.metering import Meter, Tally
@@ -144,7 +144,7 @@ class CellRun:
             The state that training ended in, and why. A diverged adapter is the one before the failing iteration.
         """
         tuner = self.tuner
-        planned = tuner.planned_cost()
+        planned = planned_cost(tuner, self.workshop.model)
         size = tuner.requests_per_iteration
         prompts = self.workshop.grid.training_prompts()
         shape = self.workshop.model.latent_shape

@@ -53,6 +53,17 @@ class AdapterConfig(BaseModel):
     )
 
 
+class DenoiserConfig(BaseModel):
+    """How the denoiser computes; what it computes stays the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    compile: bool = Field(False, description="Run it through torch.compile; numbers change by rounding.")
+    checkpoint_inside: bool = Field(
+        False, description="Recompute the activations of its blocks in the backward pass: less memory, more time."
+    )
+
+
 class OptimizerConfig(BaseModel):
     """AdamW and the clipping of the gradient's norm."""
 
@@ -195,6 +206,7 @@ class RunConfig(BaseModel):
     budget: BudgetConfig = BudgetConfig()
     sampler: SamplerConfig = SamplerConfig()
     adapter: AdapterConfig = AdapterConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     settings: dict[str, dict[str, Any]] = Field(
         default={}, description="Hyper-parameters by method; an arm's own overrides come after these."
@@ -313,7 +325,7 @@ def parse_variants(scales: str, steps: str) -> list[dict[str, Any]]:
         raise UserError(f"--lora-scale {scales!r} --lora-steps {steps!r}: write numbers, as 0.5,0.75 and 3,5") from None
 
 
-RUN_SECTIONS = ("sampler", "adapter", "budget", "evaluation", "early_stopping")
+RUN_SECTIONS = ("sampler", "adapter", "denoiser", "budget", "evaluation", "early_stopping")
 
 
 def parse_set(items: Sequence[str]) -> dict[str, Any]:

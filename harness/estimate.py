@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.api import Adapter, Cost, CostRange, Randomness
-from harness.assembly import Declared, assemble, iteration_cost
+from harness.assembly import Declared, assemble, iteration_cost, planned_cost
 from harness.benchmark import Job
 from harness.grid import Arm, Grid
 from harness.metering import Meter
@@ -116,7 +116,7 @@ def _planned(grid: Grid, arm: Arm, expression: str) -> CostRange:
     """Cost of one iteration, or of one picture, with a query for every component of the reward."""
     terms = grid.training_rewards[expression]
     rewards = {name: Declared(grid.rewards[name].reward) for _, name in terms}
-    planned = assemble(grid, arm, expression, rewards, Meter(), seed=0).planned_cost()
+    planned = planned_cost(assemble(grid, arm, expression, rewards, Meter(), seed=0), grid.model)
     expected, maximal = (replace(c, queries=c.queries * len(terms)) for c in (planned.expected, planned.maximal))
     return CostRange(expected, maximal)
 

@@ -37,7 +37,7 @@ BASE_CELL = "base"
 # What changes neither a cell nor which cells there are: the directory of a run does not depend on it.
 ADDED_LATER = {
     *("out", "workers", "device", "keep_images", "timing", "timing_repetitions", "variants", "mixes", "findings"),
-    *("evaluation_rewards", "reward_weights"),
+    *("evaluation_rewards", "reward_weights", "denoiser"),
 }
 
 
@@ -185,7 +185,9 @@ class Grid:
         self.rewards: dict[str, RewardSource] = self._find_rewards(trained_on)
         self._check_rewards(trained_on)
         self._check_variants()
-        self.model = model or load_model(self.source, pick_device(config.device), pick_dtype(config), config.revision)
+        self.model = model or load_model(
+            self.source, pick_device(config.device), pick_dtype(config), config.revision, config.denoiser
+        )
         for sampler in [config.sampler, *(arm.sampler for arm in self.arms.values())]:
             self.model.timesteps(sampler)  # refuses a chain that the model does not have
         self.evaluated: dict[str, tuple[Prompt, ...]] = {
@@ -260,6 +262,7 @@ class Grid:
             "suite": self.suite.sha256,
             "model": self.fingerprint,
             "dtype": self.config.dtype,
+            **self._compiled(),
         }
 
     def _trained_with(self) -> dict[str, Any]:
@@ -283,7 +286,12 @@ class Grid:
             "suite": self.suite.sha256,
             "model": self.fingerprint,
             "dtype": self.config.dtype,
+            **self._compiled(),
         }
+
+    def _compiled(self) -> dict[str, Any]:
+        # Recomputing activations gives the same numbers, another kernel does not.
+        return {"compile": True} if self.config.denoiser.compile else {}
 
     def identity(self, cell: Cell) -> dict[str, Any]:
         """What a cell is made of: stored beside its records, so that changed settings are seen and shown."""
@@ -337,7 +345,7 @@ class Grid:
         """--out, or results/<preset>-<hash of what was asked for>."""
         if self.config.out is not None:
             return self.config.out
-        identity = self.config.model_dump(mode="json", exclude=ADDED_LATER)
+        identity = self.config.model_dump(mode="json", exclude=ADDED_LATER) | self._compiled()
         return Path("results") / f"{self.config.preset}-{digest([identity, self.fingerprint])[:8]}"
 
     def describe(self, passed: Mapping[str, Any]) -> dict[str, Any]:

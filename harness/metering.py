@@ -14,6 +14,7 @@ from harness.api import (
     AdapterFile,
     Conditioning,
     Cost,
+    DenoiserConfig,
     DiffusionModel,
     Generation,
     Prompt,
@@ -73,6 +74,12 @@ class MeteredModel(DiffusionModel):
         self.prediction_type, self.training_timesteps = inner.prediction_type, inner.training_timesteps
         self.device, self.dtype = inner.device, inner.dtype
         self.embedded_guidance = inner.embedded_guidance
+        self.checkpoint_inside = inner.checkpoint_inside
+
+    def configure(self, config: DenoiserConfig) -> None:
+        """As the inner model."""
+        self._inner.configure(config)
+        self.checkpoint_inside = self._inner.checkpoint_inside
 
     def timesteps(self, config: SamplerConfig) -> Sequence[float]:
         """As the inner model."""
@@ -98,7 +105,8 @@ class MeteredModel(DiffusionModel):
             self._meter.add(forward_rows=rows)
         else:
             self._meter.add(gradient_rows=rows)
-            output.register_hook(lambda gradient: self._meter.add(backward_rows=rows))
+            again = rows if self.checkpoint_inside else 0
+            output.register_hook(lambda gradient: self._meter.add(backward_rows=rows, recomputed_rows=again))
         return output
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:

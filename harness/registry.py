@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from harness.config import DenoiserConfig
 from harness.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -282,13 +283,25 @@ def _pipeline_class(location: str) -> str:
         raise UserError(f"{location} holds no model_index.json of a diffusers pipeline") from error
 
 
-def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, revision: str | None) -> DiffusionModel:
-    """Read a model's weights onto a device."""
+def load_model(
+    source: ModelSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None,
+    denoiser: DenoiserConfig = DenoiserConfig(),  # noqa: B008 - frozen
+) -> DiffusionModel:
+    """Read a model's weights onto a device.
+
+    Raises:
+        UserError: They cannot be read, or the model cannot compute as `denoiser` says.
+    """
     module = importlib.import_module(source.module)
     for library in ("diffusers", "transformers"):  # their loading bars would tear ours
         if library in sys.modules:
             importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
     model: DiffusionModel = module.load(source.location, device, dtype, revision)
+    if denoiser != DenoiserConfig():
+        model.configure(denoiser)
     return model
 
 

@@ -14,7 +14,16 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.api import Adapter, AdapterConfig, AdapterFile, Conditioning, DiffusionModel, Randomness, UserError
+from harness.api import (
+    Adapter,
+    AdapterConfig,
+    AdapterFile,
+    Conditioning,
+    DenoiserConfig,
+    DiffusionModel,
+    Randomness,
+    UserError,
+)
 from models._adapter_files import read_adapter
 from models._lora import Lora, is_factor
 from models._parts import Layout, load_parts
@@ -68,6 +77,14 @@ class LatentDiffusion(DiffusionModel):
         self.training_timesteps = int(self.scheduler.config.num_train_timesteps)
         self._texts: dict[str, dict[str, Tensor]] = {}
         self._lora = Lora(self.denoiser)
+
+    def configure(self, config: DenoiserConfig) -> None:
+        """Compile the denoiser, recompute its blocks, or both."""
+        self.checkpoint_inside = config.checkpoint_inside
+        if config.checkpoint_inside:
+            self._lora.checkpoint_blocks()
+        if config.compile:
+            self._lora.compile()
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:

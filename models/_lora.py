@@ -49,12 +49,10 @@ class Lora:
 
     Args:
         network: The frozen network; has no adapter yet.
-        strength_as_tensor: Give layers their strength as a tensor: a compiled network takes it as an input, where a
-            number would be compiled in.
     """
 
-    def __init__(self, network: ModelMixin, strength_as_tensor: bool = False) -> None:
-        self._network, self._as_tensor = network, strength_as_tensor
+    def __init__(self, network: ModelMixin) -> None:
+        self._network, self._compiled = network, False
         self._layers: dict[str, LoraLayer] = {}
         self._scales: dict[str, float] = {}
         self._acting = Adapter()
@@ -151,21 +149,34 @@ class Lora:
     def run(self, adapter: Adapter, inputs: Mapping[str, Any]) -> Any:
         """Call the network with this adapter."""
         self._act(adapter)
+        if self._compiled:
+            inputs = {name: self._as_tensor(value) for name, value in inputs.items()}
         if adapter.parameters is None:
             return self._network(**inputs)
         return functional_call(self._network, dict(adapter.parameters), (), dict(inputs))
 
     def _act(self, adapter: Adapter) -> None:
         self._acting = adapter
-        strengths: dict[float, float | Tensor] = {scale: scale * adapter.scale for scale in self._scales.values()}
-        if self._as_tensor:
-            # Never changed in place: graphs of earlier passes keep theirs.
-            strengths = {
-                scale: torch.tensor(strength, dtype=torch.float64, device=self._network.device)
-                for scale, strength in strengths.items()
-            }
+        strengths: dict[float, Any] = {scale: scale * adapter.scale for scale in self._scales.values()}
+        if self._compiled:  # new tensors each time: graphs of earlier passes keep theirs
+            strengths = {scale: self._as_tensor(strength) for scale, strength in strengths.items()}
         for name, layer in self._layers.items():
             layer.scaling[NAME] = strengths[self._scales[name]]
+
+    def compile(self) -> None:
+        """From now on run the network through torch.compile.
+
+        Numbers that differ between passes are given as tensors: they become inputs of the compiled code, where a
+        number would be compiled in.
+        """
+        self._network.compile()
+        self._compiled = True
+
+    def _as_tensor(self, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        dtype = torch.int64 if isinstance(value, int) else torch.float64
+        return torch.tensor(value, dtype=dtype, device=self._network.device)
 
     def checkpoint_blocks(self) -> None:
         """From now on recompute the activations of the network's blocks in the backward pass.

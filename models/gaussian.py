@@ -20,6 +20,7 @@ from harness.api import (
     AdapterConfig,
     AdapterFile,
     Conditioning,
+    DenoiserConfig,
     DiffusionModel,
     Randomness,
     SamplerConfig,
@@ -54,6 +55,10 @@ class GaussianModel(DiffusionModel):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         self._alphas_cumprod: list[float] = torch.cumprod(1 - betas, 0).tolist()
         self._adapter: dict[str, nn.Parameter] = {}
+
+    def configure(self, config: DenoiserConfig) -> None:
+        """There is no network to compile, nor activations to recompute."""
+        raise UserError(f"{self.name} is a formula: leave out --set denoiser...")
 
     def timesteps(self, config: SamplerConfig) -> Sequence[float]:
         """Those of a model with discrete timesteps."""

@@ -19,6 +19,7 @@ from harness.api import (
     AdapterConfig,
     AdapterFile,
     Conditioning,
+    DenoiserConfig,
     DiffusionModel,
     Randomness,
     SamplerConfig,
@@ -37,6 +38,10 @@ class TimedGaussian(DiffusionModel):
         self.device, self.dtype = self._base.device, self._base.dtype
         self._rows = {step.t: row for row, step in enumerate(schedule(self._base, sampler))}
         self._adapter: dict[str, nn.Parameter] = {}
+
+    def configure(self, config: DenoiserConfig) -> None:
+        """As the Gaussian model."""
+        self._base.configure(config)
 
     def timesteps(self, config: SamplerConfig) -> Sequence[float]:
         """As the Gaussian model."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness import registry
-from harness.api import SamplerConfig
+from harness.api import Prompt, SamplerConfig
 from models.gaussian import GaussianModel
 from tests.fakes import CPU, QuadraticReward, evaluate, lab, requests
 
@@ -60,6 +60,21 @@ def test_the_reward_has_a_gradient(tmp_path: Path) -> None:
 
     assert scores.tolist() == [1.0, -0.5]
     assert gradient.abs().sum() > 0
+
+
+def test_functions_are_rewards(tmp_path: Path) -> None:
+    """Both functions of the example score the mean of clamped pictures; one of them has a gradient."""
+    text = (DOCS / "adding-a-reward.md").read_text(encoding="utf-8")
+    match = re.search(r"```python\n# my/functions\.py\n(.*?)```", text, re.DOTALL)
+    assert match is not None
+    (tmp_path / "functions.py").write_text(match[1], encoding="utf-8")
+    pictures = torch.full((2, 3, 4, 4), 0.2)
+    pictures[1] = 1.0
+    prompts = [Prompt("1", "dark"), Prompt("2", "bright")]
+    for name, differentiable in (("brightness", False), ("smooth_brightness", True)):
+        reward = registry.load_reward(f"{tmp_path}/functions.py:{name}")(CPU)
+        assert reward(pictures, prompts).tolist() == pytest.approx([0.2, 1.0])
+        assert reward.differentiable == differentiable
 
 
 def test_the_model_draws_its_colours(tmp_path: Path) -> None:

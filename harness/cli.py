@@ -39,7 +39,7 @@ def run(
     seeds: Annotated[str, typer.Option(help="5 means 0..4; 0,3,7 is a list; 10-14 a range.")] = "",
     model: Annotated[str, typer.Option(help="emoji (embedded), a pipeline directory, or a hub id.")] = "",
     revision: Annotated[str, typer.Option(help="Revision of a hub id.")] = "",
-    suite: Annotated[str, typer.Option(help="Prompt suite, or a .txt or .jsonl file.")] = "",
+    suite: Annotated[str, typer.Option(help="Prompt suite, NAME=PATH of your copy, or a .txt or .jsonl file.")] = "",
     preset: Annotated[str, typer.Option(help="Named settings; see `list presets`.")] = "",
     budget: Annotated[str, typer.Option(help="What a cell may spend: queries=256, iterations=64 ...")] = "",
     reference: Annotated[str, typer.Option(help="Arm that the others are compared with; default: the first.")] = "",
@@ -151,7 +151,7 @@ def evaluate(
     ] = None,
     model: Annotated[str, typer.Option(help="emoji (embedded), a pipeline directory, or a hub id.")] = "",
     revision: Annotated[str, typer.Option(help="Revision of a hub id.")] = "",
-    suite: Annotated[str, typer.Option(help="Prompt suite, or a .txt or .jsonl file.")] = "",
+    suite: Annotated[str, typer.Option(help="Prompt suite, NAME=PATH of your copy, or a .txt or .jsonl file.")] = "",
     preset: Annotated[str, typer.Option(help="Whose sampler and evaluation; see `list presets`.")] = "",
     eval_latents: Annotated[int, typer.Option(help="Pictures per evaluation prompt.", min=0)] = 0,
     into: Annotated[Path | None, typer.Option(help="A run whose model, suite and judges are used, and joined.")] = None,
@@ -306,14 +306,14 @@ def list_(
 ) -> None:
     """List what can be named on the command line."""
     from harness.errors import nearest
-    from harness.registry import discover, embedded_models, find_model
+    from harness.registry import discover, embedded_models, find_model, pipeline_classes
 
     if kind in ("methods", "rewards", "suites"):
         rows = [(p.name, _tags(p.attributes), p.description) for p in discover(kind).values()]
     elif kind == "models":
         rows = [(name, "embedded", str(path)) for name, path in embedded_models().items()]
         rows += [(find_model("gaussian").name, "test", "closed-form Gaussian, no weights")]
-        rows += [("PATH", "", "a directory in the layout of a diffusers StableDiffusionPipeline, or a hub id")]
+        rows += [("PATH", "", f"a directory as diffusers saves a {p}, or a hub id") for p in pipeline_classes()]
     elif kind == "presets":
         from harness.config import load_yaml, presets
 
@@ -373,6 +373,8 @@ def _tags(attributes: dict[str, Any]) -> str:
         tags.append("needs the reward's gradient")
     if attributes.get("differentiable") is False:
         tags.append("not differentiable")
+    if attributes.get("family") == "named":
+        tags.append("when named")
     return ", ".join(tag for tag in tags if tag)
 
 

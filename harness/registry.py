@@ -251,8 +251,12 @@ def find_model(name: str) -> ModelSource:
     for reader, pipelines in readers.items():
         if pipeline in pipelines:
             return ModelSource(name, location, name if name in embedded else "any", f"models.{reader}")
-    supported = ", ".join(p for pipelines in readers.values() for p in pipelines)
-    raise UserError(f"{location} is a {pipeline}; supported are {supported}")
+    raise UserError(f"{location} is a {pipeline}; supported are {', '.join(pipeline_classes())}")
+
+
+def pipeline_classes() -> list[str]:
+    """Classes of diffusers pipelines that can be read."""
+    return [pipeline for readable in _model_readers().values() for pipeline in readable]
 
 
 def _model_readers() -> dict[str, tuple[str, ...]]:

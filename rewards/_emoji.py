@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from harness.api import UserError
+from rewards._preprocessing import known
 
 EMOJI = Path(__file__).parents[1] / "models" / "emoji"
 SIZE = 64
@@ -35,12 +36,6 @@ def resized(images_BCHW: Tensor) -> Tensor:
     if images.shape[-2:] == (SIZE, SIZE):
         return images
     return F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-
-
-def known(scores_B: Tensor, images_BCHW: Tensor) -> Tensor:
-    """The scores, with NaN where a picture has a value that is not finite."""
-    finite = images_BCHW.isfinite().flatten(1).all(1)
-    return torch.where(finite, scores_B.float(), float("nan"))
 
 
 def load(critic: str, device: torch.device) -> Any:

@@ -103,9 +103,8 @@ def _collapsed(layers: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _files(head: WeightFile) -> tuple[WeightFile, ...]:
     where = (
-        "Hugging Face openai/clip-vit-large-patch14, model.safetensors (1.7 GB, code MIT, the model card states no "
-        "licence); its text encoder is not read. A config.json beside it (of transformers' CLIPModel) says another "
-        "architecture"
+        "Hugging Face openai/clip-vit-large-patch14 (1.7 GB; code MIT, licence of the weights: see the model card); "
+        "its text encoder is not read. A config.json beside it (of transformers' CLIPModel) says another architecture"
     )
     return (
         head,

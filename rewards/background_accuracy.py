@@ -10,6 +10,7 @@ from torch import Tensor
 
 from harness.api import Prompt, Reward
 from rewards import _emoji
+from rewards._preprocessing import known
 
 BORDER = 4
 
@@ -48,7 +49,7 @@ class BackgroundAccuracy(Reward):
             float(label == self._labels[prompt.metadata["colour"]]) if self.applies(prompt) else float("nan")
             for label, prompt in zip(found.tolist(), prompts, strict=True)
         ]
-        return _emoji.known(torch.tensor(right, device=images_BCHW.device), images_BCHW)
+        return known(torch.tensor(right, device=images_BCHW.device), images_BCHW)
 
     def applies(self, prompt: Prompt) -> bool:
         """Where `metadata["colour"]` is one of the vocabulary's 12 colours."""

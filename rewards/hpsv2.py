@@ -16,8 +16,8 @@ from rewards._weights import read_config
 
 REPO = "xswu/HPSv2"
 WHERE = (
-    f"Hugging Face {REPO}, {{name}} (Apache-2.0, 3.9 GB). Only its state_dict is read: 686 tensors of open_clip's "
-    "ViT-H-14. A config.json beside it (open_clip's model configuration) says another architecture"
+    f"Hugging Face {REPO} (Apache-2.0, 3.9 GB). Only its state_dict is read: 686 tensors of open_clip's ViT-H-14, "
+    "unless a config.json beside it (open_clip's model configuration) says another architecture"
 )
 
 
@@ -52,7 +52,7 @@ class _PreferenceScore:
 
 
 def _files(name: str) -> tuple[WeightFile, ...]:
-    return (WeightFile(name, REPO, where=WHERE.format(name=name)), WeightFile("config.json", optional=True))
+    return (WeightFile(name, REPO, where=WHERE), WeightFile("config.json", optional=True))
 
 
 @final

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from harness.api import Prompt, Reward
 from rewards import _emoji
+from rewards._preprocessing import known
 
 
 @final
@@ -42,7 +43,7 @@ class ObjectAccuracy(Reward):
             float(label == self._labels[prompt.metadata["object"]]) if self.applies(prompt) else float("nan")
             for label, prompt in zip(found.tolist(), prompts, strict=True)
         ]
-        return _emoji.known(torch.tensor(right, device=images_BCHW.device), images_BCHW)
+        return known(torch.tensor(right, device=images_BCHW.device), images_BCHW)
 
     def applies(self, prompt: Prompt) -> bool:
         """Where `metadata["object"]` is one of the classifier's animals."""

@@ -46,8 +46,8 @@ class PickScore(ConfiguredReward):
     Pictures are resized so that the shorter side is 224, bicubic and antialiased, and the middle square is cut, its
     offset rounded down as in transformers. Texts go through CLIP's tokenizer as transformers has it, which unlike
     open_clip's repairs neither Unicode nor HTML entities; they are cut after 77 tokens, end mark included, and the
-    empty one is scored. Weights: yuvalkirstain/PickScore_v1 in transformers' CLIPModel layout (code MIT; the model card
-    states no licence).
+    empty one is scored. Weights: yuvalkirstain/PickScore_v1 in transformers' CLIPModel layout (code MIT; for the
+    weights see the model card).
 
     Raises:
         UserError: open_clip is not installed (its vocabulary is read), or the weights do not fit.
@@ -65,9 +65,8 @@ class PickScore(ConfiguredReward):
     def files(cls, config: Any) -> tuple[WeightFile, ...]:
         """The checkpoint, and optionally its architecture."""
         where = (
-            "Hugging Face yuvalkirstain/PickScore_v1, model.safetensors or pytorch_model.bin (3.9 GB; the code is MIT, "
-            "the model card states no licence). A config.json beside it (of transformers' CLIPModel) says another "
-            "architecture"
+            "Hugging Face yuvalkirstain/PickScore_v1, also as pytorch_model.bin (3.9 GB; licence: see the model card). "
+            "A config.json beside it (of transformers' CLIPModel) says another architecture"
         )
         return (
             WeightFile("model.safetensors", "yuvalkirstain/PickScore_v1", where=where),

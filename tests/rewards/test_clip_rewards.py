@@ -27,6 +27,8 @@ from torchvision.transforms import functional
 from harness.api import Prompt, UserError
 from harness.registry import discover, load_reward
 from harness.rewarding import ConfiguredReward
+from rewards.aesthetic import VIT_L_14
+from rewards.pickscore import VIT_H_14
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 NAMES = ("hpsv2", "hpsv2.1", "pickscore", "aesthetic", "aesthetic-v1", "clip-score")
@@ -578,6 +580,27 @@ def test_published_size_of_aesthetic(tmp_path: Path, name: str) -> None:
     torch.save(state, path)
     with pytest.raises(UserError, match="lacks visual_projection"):
         kind(META, kind.Config(), {head: tmp_path / head, "model.safetensors": path})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "same", "towers"),
+    [
+        (VIT_H_14, "ViT-H-14", [("vision_config", "vision_cfg"), ("text_config", "text_cfg")]),
+        (VIT_L_14, "ViT-L-14-quickgelu", [("vision_config", "vision_cfg")]),
+    ],
+)
+def test_what_shapes_do_not_tell(architecture: dict[str, Any], same: str, towers: list[tuple[str, str]]) -> None:
+    """Heads, activation and epsilon of the architectures written down here are those of open_clip's registry."""
+    from transformers import CLIPConfig
+
+    ours, theirs = CLIPConfig(**architecture), open_clip.get_model_config(same)
+    assert ours.projection_dim == theirs["embed_dim"]
+    for tower, named in towers:
+        width = theirs[named]["width"]
+        heads = theirs[named].get("heads", width // theirs[named].get("head_width", 64))
+        assert getattr(ours, tower).num_attention_heads == heads
+        assert getattr(ours, tower).hidden_act == ("quick_gelu" if theirs.get("quick_gelu") else "gelu")
+        assert getattr(ours, tower).layer_norm_eps == nn.LayerNorm(1).eps
 
 
 # What holds for all

@@ -79,7 +79,6 @@ class Texts:
         self._embed = embed
         self._known: dict[str, Tensor] = {}
 
-    @torch.inference_mode(mode=False)  # what is made inside it could not be used under gradient later
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], pictures: int) -> Tensor:
         """Embeddings (B, D), without gradient.

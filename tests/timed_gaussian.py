@@ -29,10 +29,10 @@ from models.gaussian import GaussianModel
 
 
 class TimedGaussian(DiffusionModel):
-    """`GaussianModel` with a bias and a gain of its own at each timestep of a sampler, as the adapter."""
+    """`GaussianModel`, or another without an adapter, with a bias and a gain at each timestep as the adapter."""
 
-    def __init__(self, sampler: SamplerConfig) -> None:
-        self._base = GaussianModel()
+    def __init__(self, sampler: SamplerConfig, base: DiffusionModel | None = None) -> None:
+        self._base = base or GaussianModel()
         self.name, self.latent_shape = "timed gaussian", self._base.latent_shape
         self.prediction_type, self.training_timesteps = self._base.prediction_type, self._base.training_timesteps
         self.device, self.dtype = self._base.device, self._base.dtype
@@ -56,7 +56,7 @@ class TimedGaussian(DiffusionModel):
         return self._base.condition(texts)
 
     def denoise(self, x_BCHW: Tensor, t: float, condition: Conditioning, adapter: Adapter) -> Tensor:
-        """E[noise | x_t], plus this timestep's affine term."""
+        """What the base says, plus this timestep's affine term."""
         noise = self._base.denoise(x_BCHW, t, condition, BASE)
         if not self._adapter:
             return noise

@@ -6,7 +6,8 @@ Scores are those of the clamped 8-bit pictures that are stored: scoring the file
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,17 @@ def to_8_bit(images_BCHW: Tensor) -> Pictures:
 def from_8_bit(pictures: Pictures, device: torch.device) -> Tensor:
     """Float (B, 3, H, W) in [0, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device).float() / 255
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 are float32 inside: cuDNN's convolutions round to TF32 by default, matrix products do not."""
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 class Evaluator:
@@ -152,7 +164,8 @@ class Evaluator:
                 reward = self.rewards[name]
                 rows = [i for i, item in enumerate(part) if reward.applies(item.request.prompt)]
                 if rows:
-                    values = reward(images[rows], [part[i].request.prompt for i in rows])
+                    with full_precision():
+                        values = reward(images[rows], [part[i].request.prompt for i in rows])
                     scores += [
                         Score(part[i].split, part[i].request.prompt, part[i].request.noise_id, name, value)
                         for i, value in zip(rows, values.double().tolist(), strict=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from harness import store
 from harness.errors import UserError
-from harness.evaluation import from_8_bit
+from harness.evaluation import from_8_bit, full_precision
 from harness.pictures import Picture, load_picture
 from harness.reward_sources import RewardSource
 from harness.rewarding import Reward
@@ -70,7 +70,8 @@ def _score(
     for name, reward in rewards.items():
         rows = [row for row, prompt in enumerate(prompts) if reward.applies(prompt)]
         if rows:
-            values = reward(images[rows], [prompts[row] for row in rows]).double().tolist()
+            with full_precision():
+                values = reward(images[rows], [prompts[row] for row in rows]).double().tolist()
             for row, value in zip(rows, values, strict=True):
                 scores[group[row][0]][name] = value
 

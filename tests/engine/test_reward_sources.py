@@ -91,7 +91,7 @@ def test_a_file_and_a_directory_are_the_same(weighted: str, tmp_path: Path) -> N
     assert find(weighted, folder).files == {"weight.safetensors": folder / "weight.safetensors"}
     source = find(weighted, renamed)
     assert source.files == {"weight.safetensors": renamed, "config.json": renamed.parent / "config.json"}
-    pictures = torch.full((1, 3, 2, 2), 0.75)
+    pictures = torch.full((1, 3, 2, 2), 0.75, requires_grad=True)
     assert source.build(CPU)(pictures, []).item() == pytest.approx(-2 * 0.25**2)
 
 

@@ -45,6 +45,8 @@ class Weighted(ConfiguredReward):
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,)."""
+        if not images_BCHW.requires_grad and torch.backends.cudnn.allow_tf32:
+            raise AssertionError("an evaluation with convolutions in TF32")
         return -(self.weight * (images_BCHW.float().flatten(1).mean(1) - self.target) ** 2).float()
 
     def applies(self, prompt: Prompt) -> bool:

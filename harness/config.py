@@ -64,6 +64,15 @@ class DenoiserConfig(BaseModel):
         False, description="Recompute the activations of its blocks in the backward pass: less memory, more time."
     )
 
+    @model_validator(mode="after")
+    def _one_of_both(self) -> DenoiserConfig:
+        if self.compile and self.checkpoint_inside:
+            raise ValueError(
+                "compile and checkpoint_inside do not go together, since compiled code is recomputed as a whole; "
+                "write checkpointing=on, which recomputes each sampling step"
+            )
+        return self
+
 
 class OptimizerConfig(BaseModel):
     """AdamW and the clipping of the gradient's norm."""

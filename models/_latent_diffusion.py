@@ -79,7 +79,7 @@ class LatentDiffusion(DiffusionModel):
         self._lora = Lora(self.denoiser)
 
     def configure(self, config: DenoiserConfig) -> None:
-        """Compile the denoiser, recompute its blocks, or both."""
+        """Compile the denoiser, or recompute its blocks."""
         self.checkpoint_inside = config.checkpoint_inside
         if config.checkpoint_inside:
             self._lora.checkpoint_blocks()

@@ -59,8 +59,7 @@ def read_adapter(path: Path, component: str, convert: Convert) -> tuple[dict[str
     Args:
         path: A file, or a directory that holds one: of diffusers, of peft, or any single .safetensors.
         component: `unet` or `transformer`.
-        convert: The pipeline's own conversion of other trainers' names: tensors in, tensors and alphas out. Takes out
-            of its argument what it converts.
+        convert: The pipeline's own conversion of other trainers' names: tensors in, tensors and alphas out.
 
     Raises:
         UserError: There is no such file, it cannot be read without executing code, or something in it could not be
@@ -183,17 +182,15 @@ def _of_diffusers(
     magnitudes = [key for key in state if "dora_scale" in key or "lora_magnitude_vector" in key]
     if magnitudes:
         raise UserError(f"{path} is a DoRA ({listed(magnitudes)}); only plain LoRA can be attached")
-    converted_elsewhere = _kind(state) == "kohya"
+    _refuse_encoders([key for key in state if key.startswith("lora_te")], path)
     alphas: dict[str, float] = {}
     rest = dict(state)
-    if not converted_elsewhere:
+    if _kind(state) != "kohya":
         alphas = {key: float(rest.pop(key)) for key in state if key.endswith(".alpha")}
     try:
         converted, found = convert(rest)
     except (ValueError, KeyError, IndexError, AttributeError, NotImplementedError, AssertionError) as error:
         raise UserError(f"{path} is in no layout of LoRA that diffusers can convert for this model: {error}") from error
-    if converted_elsewhere and rest:
-        raise _unused(path, list(rest), component)
     alphas |= {key: float(value) for key, value in found.items()}
     named, alphas = _own_part(converted, component, path), _own_part(alphas, component, path)
     if not any(".lora_A." in key for key in named):
@@ -209,17 +206,20 @@ def _own_part(state: Mapping[str, Any], component: str, path: Path) -> dict[str,
     """Names within the denoiser; files without the components' prefixes are the denoiser's alone."""
     if not any(key.startswith(COMPONENTS) for key in state):
         return dict(state)
-    encoders = [key for key in state if key.startswith("text_encoder")]
-    if encoders:
-        raise UserError(
-            f"{path} also changes the text encoder ({listed(encoders)}), and adapters act in the denoiser alone; take "
-            "an adapter that was trained without the text encoder"
-        )
+    _refuse_encoders([key for key in state if key.startswith("text_encoder")], path)
     prefix = f"{component}."
     foreign = [key for key in state if not key.startswith(prefix)]
     if foreign:
         raise _unused(path, foreign, component)
     return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _refuse_encoders(keys: list[str], path: Path) -> None:
+    if keys:
+        raise UserError(
+            f"{path} also changes the text encoder ({listed(keys)}), and adapters act in the denoiser alone; take an "
+            "adapter that was trained without the text encoder"
+        )
 
 
 def _module_of_alpha(key: str) -> str:

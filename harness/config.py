@@ -29,7 +29,9 @@ class SamplerConfig(BaseModel):
         "offset 1, as Stable Diffusion 1.x) ends at the first; sigma of the last step differs 3.3x between them. "
         "Flow models visit those of their own scheduler instead.",
     )
-    eta: float = Field(0.0, ge=0.0, le=1.0, description="Noise of each step: 0 is DDIM (on flow models Euler), 1 ancestral.")
+    eta: float = Field(
+        0.0, ge=0.0, le=1.0, description="Noise of each step: 0 is DDIM (on flow models Euler), 1 ancestral."
+    )
     guidance: float = Field(4.0, ge=0.0, description="Scale; 1 means none. Classifier-free, or told to the denoiser.")
     final_alpha: Literal["one", "first"] = Field(
         "one", description="Target of the last step: a clean latent (one), or alpha of training timestep 0 (first)."
@@ -391,7 +393,7 @@ def _assign(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` laid over `base`, section by section.
 
-    An optimiser's setting may stand without its section (`learning_rate`); with it, it displaces an earlier one without.
+    An optimiser's setting may stand without its section (`learning_rate`); with it, it displaces one without.
     """
     result = {key: value for key, value in base.items() if key not in over.get("optimizer", ())}
     for key, value in over.items():

@@ -78,12 +78,13 @@ class RewardSource:
             self.build(torch.device("meta"))
 
 
-def find_reward(expression: str, weights: Mapping[str, str]) -> RewardSource:
+def find_reward(expression: str, weights: Mapping[str, str], *, download: bool = True) -> RewardSource:
     """The reward that an expression names, its files located and hashed.
 
     Args:
         expression: `hpsv2.1`, `classifier[target=goldfish]`, `path/to/file.py:Class`.
         weights: Where weights are, by expression or by bare name: a file, a directory, or `owner/name@revision`.
+        download: Whether files may be fetched from the hub that its cache does not have.
 
     Raises:
         UserError: Unknown name or setting, or a file is missing.
@@ -100,7 +101,8 @@ def find_reward(expression: str, weights: Mapping[str, str]) -> RewardSource:
         config = reward.Config.model_validate(settings)
     except ValidationError as error:
         raise UserError(explain(error, reward.Config, f"{name}.")) from None
-    files = locate(expression, reward.files(config), weights.get(expression, weights.get(name)))
+    given = weights.get(expression, weights.get(name))
+    files = locate(expression, reward.files(config), given, download=download)
     return RewardSource(expression, reward, config, files, {file: _sha256(path) for file, path in files.items()})
 
 
@@ -114,7 +116,7 @@ def find_all(family: str, weights: Mapping[str, str]) -> tuple[dict[str, RewardS
     for name, plugin in discover("rewards").items():
         if plugin.attributes.get("family", "any") in ("any", "named", family):
             try:
-                source = find_reward(name, weights)
+                source = find_reward(name, weights, download=False)
                 source.check()
             except UserError as error:
                 left_out[name] = str(error)
@@ -165,7 +167,7 @@ def parse_weights(items: Mapping[str, str] | list[str]) -> dict[str, str]:
     return result
 
 
-def locate(name: str, wanted: tuple[WeightFile, ...], given: str | None) -> dict[str, Path]:
+def locate(name: str, wanted: tuple[WeightFile, ...], given: str | None, *, download: bool) -> dict[str, Path]:
     """Where the files of a reward are.
 
     Args:
@@ -173,6 +175,7 @@ def locate(name: str, wanted: tuple[WeightFile, ...], given: str | None) -> dict
         wanted: What it needs.
         given: What `--reward-weights` says of it: a file (which stands for the first one; the others lie beside it), a
             directory, a hub id with or without a revision, or None for the published hub id.
+        download: As in `find_reward`.
 
     Raises:
         UserError: A file that is not optional is missing, or one from the hub is not the published one.
@@ -182,11 +185,13 @@ def locate(name: str, wanted: tuple[WeightFile, ...], given: str | None) -> dict
             raise UserError(f"--reward-weights {name}={given}: {name} needs no weights with these settings")
         return {}
     if given is None:
-        return {file.name: path for file in wanted if (path := _from_hub(name, file, file.repo, file.revision))}
+        return {
+            file.name: path for file in wanted if (path := _from_hub(name, file, file.repo, file.revision, download))
+        }
     place = Path(given).expanduser()
     if not place.exists() and HUB_ID.fullmatch(given):
         repo, _, revision = given.partition("@")
-        return {file.name: path for file in wanted if (path := _from_hub(name, file, repo, revision))}
+        return {file.name: path for file in wanted if (path := _from_hub(name, file, repo, revision, download))}
     if not place.exists():
         raise UserError(f"--reward-weights {name}={given}: there is no such file or directory{_where(wanted[0])}")
     folder = place if place.is_dir() else place.parent
@@ -199,14 +204,15 @@ def locate(name: str, wanted: tuple[WeightFile, ...], given: str | None) -> dict
     return found
 
 
-def _from_hub(name: str, file: WeightFile, repo: str, revision: str) -> Path | None:
+def _from_hub(name: str, file: WeightFile, repo: str, revision: str, download: bool) -> Path | None:
     """A file from the hub's cache or the hub; None for an optional one that is not published."""
     if repo:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            path = Path(hf_hub_download(repo, file.name, revision=revision or None))
+            place = hf_hub_download(repo, file.name, revision=revision or None, local_files_only=not download)
+            path = Path(place)
         except EntryNotFoundError as error:  # offline, a file that is not in the cache is one, too
             reason = f"{repo} has no {file.name} that can be reached or is cached ({type(error).__name__})"
         except Exception as error:  # the hub's client raises many kinds, of several libraries

@@ -129,7 +129,8 @@ def test_weights_of_the_hub(weighted: str, tmp_path: Path, monkeypatch: pytest.M
     """Asked for by id and revision; offline it is said what to do; another content than published is refused."""
     asked: list[tuple[str, str, str | None]] = []
 
-    def download(repo: str, name: str, revision: str | None = None) -> str:
+    def download(repo: str, name: str, revision: str | None = None, local_files_only: bool = False) -> str:
+        assert not local_files_only
         asked.append((repo, name, revision))
         if repo == "nobody/weighted" and name == "weight.safetensors" and not offline:
             return str(tmp_path / "weights" / name)
@@ -201,7 +202,13 @@ def test_training_in_bfloat16_leaves_evaluation_in_float32(bench: Bench, weighte
 
 
 def test_all_are_those_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewards that lack weights or settings are left out, and it is said why; other families' are not asked for."""
+    """Rewards that lack weights or settings are left out, and it is said why; nothing is fetched for them."""
+
+    def download(repo: str, name: str, revision: str | None = None, local_files_only: bool = False) -> str:
+        assert local_files_only
+        raise LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     found, left_out = find_all("any", {})
     assert {"jpeg-bytes", "jpeg-compressibility"} <= found.keys()
     assert "emoji-3d" not in {*found, *left_out}

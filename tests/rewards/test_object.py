@@ -40,7 +40,7 @@ def network() -> OwlViTForObjectDetection:
         made = OwlViTForObjectDetection(OwlViTConfig(**SMALL)).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
-        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = 0.8 * torch.randn(parameter.shape, generator=generator)
     return made
 
 
@@ -106,9 +106,9 @@ def test_scores_are_those_of_the_library(reward: Object, files: dict[str, Path],
     best = expected(files, pixels).amax(1)
     scores = reward(pictures, prompts(3))
     assert scores.dtype == torch.float32
-    tolerance = 1e-5 if shape == (64, 64) else 5e-3  # resized ones are rounded to 8 bits there
+    tolerance = 1e-5 if shape == (64, 64) else 2e-3  # resized ones are rounded to 8 bits there
     torch.testing.assert_close(scores, best[:, 0] + best[:, 1] - best[:, 2], rtol=0, atol=tolerance)
-    assert best.std(0).min() > 1e-3
+    assert best.std(0).min() > 5 * tolerance
 
 
 def test_the_gradient_is_that_of_finite_differences(files: dict[str, Path]) -> None:

@@ -475,4 +475,5 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "", als
         return f"there is no setting {where}{path}; {nearest(unknown, [*getattr(owner, 'model_fields', {}), *also])}"
     if problem["type"] == "missing":
         return f"{where}{path} must be given"
-    return f"{where}{path}={problem['input']!r}: {problem['msg'].removeprefix('Value error, ').lower()}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}{path}={problem['input']!r}: {message[:1].lower()}{message[1:]}"

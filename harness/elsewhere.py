@@ -116,9 +116,11 @@ def _folders(wanted: Wanted) -> list[dict[str, Any]]:
 
 def _labelled(text: str) -> tuple[str, str]:
     """`label=PATH`, or a path that is its own label."""
-    label, equals, path = text.partition("=")
-    if equals and not Path(text).exists():
-        return label, path
+    places = [i for i, character in enumerate(text) if character == "="]
+    if places and not Path(text).exists():
+        # A label may have an equals sign as well: K=5=path.
+        i = next((i for i in places if Path(text[i + 1 :]).exists()), places[0])
+        return text[:i], text[i + 1 :]
     place = Path(text)
     return (place.parent.name if place.name == LORA_FILE else place.stem) or text, text
 

@@ -43,7 +43,7 @@ class GivenConfig(InferenceConfig):
     @classmethod
     def _exists(cls, path: Path) -> Path:
         if not path.exists():
-            raise UserError(f"{path} does not exist: give a file or a directory")
+            raise ValueError("does not exist; give a file or a directory")
         return path
 
     @computed_field  # type: ignore[prop-decorator]

@@ -213,7 +213,11 @@ def glossary(analysis: Analysis) -> Table:
         mean = float(scores.means[0]) if len(scores.seeds) else float("nan")
         sd = analysis.gains.sd(info.name)
         trained = info.name in analysis.run.training_rewards
-        role = f"{info.role}, trained on" if trained else info.role
+        role = (
+            f"{info.role}, {'first judge' if analysis.run.relation == 'judged by' else 'trained on'}"
+            if trained
+            else info.role
+        )
         rows.append(
             (
                 f.markdown(info.name),

@@ -82,7 +82,7 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
     by_reward = dict(zip(figures.pictured, figures.pictures, strict=True))
     sections = [
         {
-            "title": f"Trained on {f.markdown(reward)}",
+            "title": f"{run.relation.capitalize()} {f.markdown(reward)}",
             "results": tables.rewards_by_method(analysis, reward),
             "pairs": tables.pairwise(analysis, reward),
             "pictures": by_reward.get(reward) if by_reward and reward != figures.pictured[0] else None,

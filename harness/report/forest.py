@@ -43,6 +43,8 @@ def forest(analysis: Analysis, name: str) -> Drawn:
         "Gain over the base model (the line at 0) on held-out prompts, with the same prompts and latents. Bar: "
         f"{INTERVAL}; tick: mean; dots: training seeds ({sample(data).text}); hollow dots: diverged runs, counted "
         "with their last finite checkpoint. Left: the reward that was trained on; right of it: measures that were not."
+        if analysis.run.relation == "trained on"
+        else "Left: the first judge; right of it: the others."
     )
     if analysis.run.inference:
         caption += " †: changes no weights."
@@ -97,7 +99,7 @@ def _panel(axes: Axes, analysis: Analysis, gains: list[Gain], look: dict[str, Lo
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     first = gains[0]
     info = analysis.rewards[first.reward]
-    role = "trained on" if first.reward == first.training_reward else info.role
+    role = analysis.run.relation.removesuffix(" by") if first.reward == first.training_reward else info.role
     axes.set_title(first.reward, pad=16)
     base = significant(first.base_mean)
     about = f"{role}; base model {base}"  # a fixed distance below the title, whatever the height of the panel
@@ -144,5 +146,5 @@ def _alt(analysis: Analysis, panels: list[list[str]]) -> str:
     for line in panels:
         for reward in line:
             found = [f"{arm} {estimate(analysis.final(arm, line[0], reward).interval)}" for arm in analysis.run.arms]
-            parts.append(f"gain on {reward} after training on {line[0]}: {joined(found)}")
+            parts.append(f"gain on {reward} {analysis.run.relation} {line[0]}: {joined(found)}")
     return "Forest plot with one dot per seed; " + "; ".join(parts) + "."

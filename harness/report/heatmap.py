@@ -115,7 +115,7 @@ def _blocks(analysis: Analysis) -> list[tuple[str, Rows]]:
     rewards = analysis.run.training_rewards
     if len(rewards) == 1:
         rows = [(arm, rewards[0], matrix.cells[0]) for arm, matrix in matrices.items()]
-        return [(f"trained on {rewards[0]}", rows)]
+        return [(f"{analysis.run.relation} {rewards[0]}", rows)]
     return [
         (arm, [(trained, trained, cells) for trained, cells in zip(matrix.rows, matrix.cells, strict=True)])
         for arm, matrix in matrices.items()

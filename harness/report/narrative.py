@@ -160,7 +160,7 @@ def _witnessed(analysis: Analysis, arm: str, reward: str) -> str:
     parts = fell + held + ([f"after adjustment no change was shown in {f.joined(rest)}"] if rest else [])
     if not parts:
         return ""
-    start = f"**{f.markdown(arm)}** trained on {f.markdown(reward)}: "
+    start = f"**{f.markdown(arm)}** {analysis.run.relation} {f.markdown(reward)}: "
     start += f"while the training reward rose ({f.estimate(proxy)} base SD), " if rose else ""
     if not rose:
         start += "the training reward fell" if proxy.high < 0 else "no rise of the training reward was shown"
@@ -180,9 +180,8 @@ def diversity(analysis: Analysis) -> list[str]:
             f"{f.markdown(arm)} {f.estimate(seed_t(analysis.diversity(arm, reward)), sign=False)}"
             for arm in analysis.run.arms
         ]
-        result.append(
-            f"Vendi score after training on {f.markdown(reward)} (base model {f.fixed(base, 2)}): {f.joined(found)}."
-        )
+        where = f"Vendi score, {analysis.run.relation} {f.markdown(reward)} (base model {f.fixed(base, 2)})"
+        result.append(f"{where}: {f.joined(found)}.")
     return result
 
 

@@ -56,10 +56,10 @@ def picture_grid(analysis: Analysis, training_reward: str, name: str) -> Drawn |
         f"({seeds})."
     )
     alt = (
-        f"Grid of pictures: base model and {joined([line.arm for line in lines[1:]])} after training on "
+        f"Grid of pictures: base model and {joined([line.arm for line in lines[1:]])} {run.relation} "
         f"{training_reward}, for {len(prompts)} held-out prompts. Mean score of the row: " + _means(data) + "."
     )
-    return Drawn(name, f"Pictures after training on {training_reward}", figure, data, caption, alt, vector=False)
+    return Drawn(name, f"Pictures {run.relation} {training_reward}", figure, data, caption, alt, vector=False)
 
 
 def median_seed(analysis: Analysis, arm: str, training_reward: str) -> int | None:

@@ -120,6 +120,11 @@ class Run:
         """Arms that this run did not train."""
         return tuple(arm for arm in self.arms if arm in {*self.inference, *self.given})
 
+    @property
+    def relation(self) -> str:
+        """How arms stand to their training reward: where all were made elsewhere, it only judges."""
+        return "judged by" if len(self.given) == len(self.arms) else "trained on"
+
     def _of_kind(self, kind: str) -> tuple[str, ...]:
         return tuple(str(arm["label"]) for arm in self.plan["arms"] if arm.get("kind") == kind)
 

@@ -262,7 +262,7 @@ def generalisation(analysis: Analysis) -> Table:
 def matrix_table(analysis: Analysis, arm: str) -> Table:
     """T4 in full for one method: rows are evaluation rewards, columns training rewards."""
     matrix = analysis.matrices[arm]
-    headers = ("evaluated on", *(f"trained on {f.markdown(row)}" for row in matrix.rows))
+    headers = ("evaluated on", *(f"{analysis.run.relation} {f.markdown(row)}" for row in matrix.rows))
     rows = [
         (f.markdown(column), *(f.estimate(matrix.cells[i][j]) for i in range(len(matrix.rows))))
         for j, column in enumerate(matrix.columns)

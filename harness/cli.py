@@ -165,8 +165,8 @@ def evaluate(
     python -m harness evaluate --model path/to/sd --lora mine=path/to/lora --suite animals --rewards all
 
     Adapters: what diffusers' load_lora_weights reads, PEFT directories, older attention-processor files. Pictures: a
-    folder with a file of prompts, in the suite's words. The report is that of a run: base model, intervals over
-    prompts, matrix of rewards. With --into RUN they stand beside its trained methods.
+    folder with a file of prompts, in the suite's words. The report is that of a run: base model, gains, pictures, and
+    the matrix of rewards. With --into RUN they stand beside its trained methods. See docs/evaluating.md.
     """
     from harness.config import parse_set, resolve
     from harness.elsewhere import Wanted, settings

@@ -2,119 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, FluxPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.api import (
-    Adapter,
-    AdapterConfig,
-    Conditioning,
-    Generation,
-    Prompt,
-    Randomness,
-    Request,
-    SamplerConfig,
-    UserError,
-)
+from harness.api import Adapter, AdapterConfig, Conditioning, Generation, Randomness, Request, SamplerConfig
 from harness.metering import Meter, MeteredModel
 from harness.sampling import generate
 from models._latent_diffusion import LatentDiffusion
-from models.flux import Flux
 from models.sdxl import StableDiffusionXL
-from models.stable_diffusion import StableDiffusion
-from models.stable_diffusion_3 import StableDiffusion3
 from tests.fakes import CPU
-from tests.models.tiny_pipelines import save_flux, save_sd3, save_sdxl
-
-LONG = "a dog and a cat sit in a very small house by the sea"  # more letters than the tiny CLIPs have places
+from tests.models.families import FAMILIES, LONG, MAIN, Family, batch
 
 
-@dataclass(frozen=True)
-class Family:
-    """How a pipeline is stored, read here and read by diffusers, and what its call needs beside the usual."""
+@pytest.fixture
+def lend(models: Mapping[str, LatentDiffusion]) -> Iterator[Callable[[str], LatentDiffusion]]:
+    """Gives models to tests that change their adapters, which afterwards do nothing."""
+    lent: list[LatentDiffusion] = []
 
-    save: Callable[[Path], Path]
-    model: type[LatentDiffusion]
-    pipeline: type[Any]
-    components: Mapping[str, Any] = field(default_factory=dict)
-    call: Mapping[str, Any] = field(default_factory=dict)
-    two_scales: bool = False
+    def give(name: str) -> LatentDiffusion:
+        lent.append(models[name])
+        return lent[-1]
 
-
-NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
-SIZE = {"height": 16, "width": 16}
-FAMILIES = {
-    "sdxl": Family(save_sdxl, StableDiffusionXL, StableDiffusionXLPipeline),
-    "sdxl encoding the empty prompt": Family(
-        lambda path: save_sdxl(path, force_zeros_for_empty_prompt=False), StableDiffusionXL, StableDiffusionXLPipeline
-    ),
-    "sd3": Family(save_sd3, StableDiffusion3, StableDiffusion3Pipeline),
-    "sd3.5 without T5": Family(
-        lambda path: save_sd3(path, with_t5=False, dual=True), StableDiffusion3, StableDiffusion3Pipeline, NO_T5
-    ),
-    "sd3 dynamic": Family(
-        lambda path: save_sd3(path, use_dynamic_shifting=True), StableDiffusion3, StableDiffusion3Pipeline
-    ),
-    "flux dev": Family(lambda path: save_flux(path, guidance_embeds=True), Flux, FluxPipeline, call=SIZE),
-    # Pipelines call classifier-free guidance of FLUX "true", and take it where there is a negative prompt.
-    "flux schnell": Family(
-        lambda path: save_flux(path, guidance_embeds=False),
-        Flux,
-        FluxPipeline,
-        call={**SIZE, "negative_prompt": [""] * 3},
-        two_scales=True,
-    ),
-}
-MAIN = ["sdxl", "sd3", "flux dev"]
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """Every family's directory, stored when first asked for. Read them, do not change them."""
-
-    class Stored(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            self[name] = FAMILIES[name].save(tmp_path_factory.mktemp("pipelines") / name.replace(" ", "-"))
-            return self[name]
-
-    return Stored()
-
-
-@pytest.fixture(scope="module")
-def models(directories: Mapping[str, Path]) -> Mapping[str, LatentDiffusion]:
-    """Every family's model in float32, loaded when first asked for."""
-
-    class Loaded(dict[str, LatentDiffusion]):
-        def __missing__(self, name: str) -> LatentDiffusion:
-            self[name] = FAMILIES[name].model(str(directories[name]), CPU)
-            return self[name]
-
-    return Loaded()
-
-
-@pytest.fixture(autouse=True)
-def fresh_adapters(models: Mapping[str, LatentDiffusion]) -> Iterator[None]:
-    """A test leaves models with adapters that do nothing."""
-    yield
-    for model in models.values():
+    yield give
+    for model in lent:
         model.add_adapter(AdapterConfig(rank=1), Randomness(0))
-
-
-def batch(model: LatentDiffusion) -> list[Request]:
-    """Three prompts, one too long."""
-    noise = Randomness(5)
-    texts = ["cat", "a dog", LONG]
-    return [Request(Prompt(t, t), i, noise.normal(model.latent_shape, i)) for i, t in enumerate(texts)]
 
 
 def ours(model: LatentDiffusion, requests: list[Request], config: SamplerConfig) -> Tensor:
@@ -175,10 +94,10 @@ def test_pictures_are_those_of_diffusers(
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3.5 without T5", "flux dev"])
 def test_saved_adapter_gives_the_same_pictures_in_diffusers(
-    name: str, directories: Mapping[str, Path], models: Mapping[str, LatentDiffusion], tmp_path: Path
+    name: str, directories: Mapping[str, Path], lend: Callable[[str], LatentDiffusion], tmp_path: Path
 ) -> None:
     """`load_lora_weights`, without further arguments, reproduces our pictures; alpha/rank is 3 here."""
-    family, model, config = FAMILIES[name], models[name], SamplerConfig(steps=4, guidance=3.0)
+    family, model, config = FAMILIES[name], lend(name), SamplerConfig(steps=4, guidance=3.0)
     requests = batch(model)
     plain = ours(model, requests, config)
     model.add_adapter(AdapterConfig(rank=2, alpha=6.0), Randomness(3))
@@ -196,9 +115,9 @@ def test_saved_adapter_gives_the_same_pictures_in_diffusers(
 
 
 @pytest.mark.parametrize("name", MAIN)
-def test_parameters_given_and_strengths(name: str, models: Mapping[str, LatentDiffusion]) -> None:
+def test_parameters_given_and_strengths(name: str, lend: Callable[[str], LatentDiffusion]) -> None:
     """Given parameters act as if they were set, and strength 0 is the base."""
-    model = models[name]
+    model = lend(name)
     x, t = Randomness(0).normal((2, *model.latent_shape), "x"), 500
     condition = model.condition(["cat", "a dog"])
 
@@ -276,95 +195,6 @@ def test_double_precision_stays(
     torch.testing.assert_close(pictures, ours(models[name], requests, config).double(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux dev"])
-def test_a_directory_without_a_part(name: str, directories: Mapping[str, Path], tmp_path: Path) -> None:
-    """The missing part is named, whichever it is; without its weights, or some of them, as well."""
-    family = FAMILIES[name]
-    directory = shutil.copytree(directories[name], tmp_path / "incomplete")
-    layout = family.model.layout
-    folders = [layout.denoiser[0], "vae", *layout.text_encoders, *layout.tokenizers, "scheduler"]
-    for folder in folders:
-        (directory / folder).rename(tmp_path / "away")
-        with pytest.raises(UserError, match=f"lacks {folder}\\."):
-            family.model(str(directory), CPU)
-        (tmp_path / "away").rename(directory / folder)
-    file = directory / layout.denoiser[0] / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    key = next(key for key in sorted(weights) if "to_q" in key)
-    save_file({k: v for k, v in weights.items() if k != key}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"lack 1 tensors \({key}\)"):
-        family.model(str(directory), CPU)
-
-
-def test_a_text_encoder_without_some_weights(directories: Mapping[str, Path], tmp_path: Path) -> None:
-    """Libraries would fill in random numbers; that is refused."""
-    directory = shutil.copytree(directories["sd3"], tmp_path / "incomplete")
-    file = directory / "text_encoder_3" / "model.safetensors"
-    weights = load_file(file)
-    save_file({k: v for k, v in weights.items() if "SelfAttention.q" not in k}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="text_encoder_3 lack 1 tensors"):
-        StableDiffusion3(str(directory), CPU)
-
-
-def test_the_index_says_whether_there_is_a_t5(directories: Mapping[str, Path], tmp_path: Path) -> None:
-    """Left out in model_index.json, its folders are not read; half of it left out is a mistake."""
-    directory = shutil.copytree(directories["sd3"], tmp_path / "without")
-    index = json.loads((directory / "model_index.json").read_text())
-    (directory / "model_index.json").write_text(json.dumps({**index, "text_encoder_3": [None, None]}))
-    with pytest.raises(UserError, match="one of text_encoder_3 and tokenizer_3"):
-        StableDiffusion3(str(directory), CPU)
-    (directory / "model_index.json").write_text(
-        json.dumps({**index, "text_encoder_3": [None, None], "tokenizer_3": [None, None]})
-    )
-    model = StableDiffusion3(str(directory), CPU)
-    assert "text_encoder_3" not in model.text_encoders
-    rows = model.condition(["cat"]).tensors["encoder_hidden_states"]
-    assert rows.shape == (1, 16 + 256, 48)
-    assert not rows[:, 16:].any()
-    shutil.rmtree(directory / "text_encoder_3")
-    (directory / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"lacks text_encoder_3.*go without text_encoder_3, give \[null, null\]"):
-        StableDiffusion3(str(directory), CPU)
-
-
-@pytest.mark.parametrize("name", MAIN)
-def test_fingerprint_covers_every_part(name: str, directories: Mapping[str, Path]) -> None:
-    """A single weight of any part, the scheduler and the scale of latents change it; an adapter does not."""
-    model = FAMILIES[name].model(str(directories[name]), CPU)
-    before = model.fingerprint()
-    for part in (model.denoiser, model.vae, *model.text_encoders.values()):
-        weight = next(part.parameters())
-        with torch.no_grad():
-            weight.view(-1)[0] += 1e-3
-            assert model.fingerprint() != before
-            weight.view(-1)[0] -= 1e-3
-    model.add_adapter(AdapterConfig(), Randomness(0))
-    assert model.fingerprint() == FAMILIES[name].model(str(directories[name]), CPU).fingerprint()
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "change"),
-    [
-        ("sdxl", "model_index.json", {"force_zeros_for_empty_prompt": False}),
-        ("sdxl", "scheduler/scheduler_config.json", {"beta_end": 0.013}),
-        ("sd3", "scheduler/scheduler_config.json", {"shift": 2.0}),
-        ("sd3", "vae/config.json", {"shift_factor": 0.2}),
-        ("flux dev", "scheduler/scheduler_config.json", {"max_shift": 1.2}),
-    ],
-)
-def test_fingerprint_covers_settings(
-    name: str, file: str, change: dict[str, Any], directories: Mapping[str, Path], tmp_path: Path
-) -> None:
-    """What is in no weight and changes pictures is part of it; where the directory lies is not."""
-    directory = shutil.copytree(directories[name], tmp_path / "changed")
-    model = FAMILIES[name].model
-    before = model(str(directories[name]), CPU).fingerprint()
-    assert model(str(directory), CPU).fingerprint() == before
-    settings = json.loads((directory / file).read_text())
-    (directory / file).write_text(json.dumps({**settings, **change}))
-    assert model(str(directory), CPU).fingerprint() != before
-
-
 @pytest.mark.parametrize("name", ["sd3", "flux dev"])
 def test_encoder_and_decoder_share_scale_and_shift(name: str, models: Mapping[str, LatentDiffusion]) -> None:
     """Latents are (mean - shift) * scale, as diffusers' pipelines expect them."""
@@ -423,28 +253,3 @@ def test_a_condition_of_two_prompts_is_told_its_scale(models: Mapping[str, Laten
         other = model.predict(x, 700, condition, guidance=4.0, adapter=Adapter())
     assert torch.equal(found.conditional, expected)
     assert (other.conditional - expected).abs().max() > 1e-4
-
-
-def test_distilled_unets_are_refused(pipeline_directory: Path, tmp_path: Path) -> None:
-    """A UNet that wants its guidance scale as an input would silently run without it."""
-    directory = shutil.copytree(pipeline_directory, tmp_path / "consistency")
-    pipeline_unet = StableDiffusion(str(directory), CPU).denoiser
-    shutil.rmtree(directory / "unet")
-    type(pipeline_unet).from_config({**pipeline_unet.config, "time_cond_proj_dim": 8}).save_pretrained(
-        directory / "unet"
-    )
-    with pytest.raises(UserError, match="time_cond_proj_dim"):
-        StableDiffusion(str(directory), CPU)
-
-
-def test_parts_outside_what_is_supported_are_refused(directories: Mapping[str, Path], tmp_path: Path) -> None:
-    """Latents that are normalised by mean and deviation, and inverted noise levels."""
-    for name, file, change in (
-        ("sdxl", "vae/config.json", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}),
-        ("sd3", "scheduler/scheduler_config.json", {"invert_sigmas": True}),
-    ):
-        directory = shutil.copytree(directories[name], tmp_path / name)
-        settings = json.loads((directory / file).read_text())
-        (directory / file).write_text(json.dumps({**settings, **change}))
-        with pytest.raises(UserError, match=f"{next(iter(change))}.*not supported"):
-            FAMILIES[name].model(str(directory), CPU)

@@ -16,7 +16,7 @@ from harness.api import Adapter, AdapterConfig, DenoiserConfig, Generation, Rand
 from harness.sampling import generate
 from models._latent_diffusion import LatentDiffusion
 from tests.fakes import CPU, requests
-from tests.models.test_families import FAMILIES
+from tests.models.families import FAMILIES
 
 State = dict[str, Tensor]
 CONFIG = SamplerConfig(steps=2, guidance=3.0)

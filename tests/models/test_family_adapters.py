@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,17 @@ RANKS = {
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """Every family's pipeline. Read them, do not change them."""
-    return {name: FAMILIES[name].save(tmp_path_factory.mktemp("pipelines") / name.split()[0]) for name in RANKS}
-
-
-@pytest.fixture(scope="module")
-def models(directories: Mapping[str, Path]) -> Mapping[str, LatentDiffusion]:
-    """Every family's model in float32; its adapter is replaced by each test."""
-    return {name: FAMILIES[name].model(str(directories[name]), CPU) for name in RANKS}
-
-
-@pytest.fixture(scope="module")
 def references(directories: Mapping[str, Path]) -> Mapping[str, LatentDiffusion]:
     """The same again, for diffusers' own loader to work on."""
     return {name: FAMILIES[name].model(str(directories[name]), CPU) for name in RANKS}
+
+
+@pytest.fixture(autouse=True)
+def fresh_adapters(models: Mapping[str, LatentDiffusion]) -> Iterator[None]:
+    """A test leaves models with adapters that do nothing."""
+    yield
+    for name in RANKS:
+        models[name].add_adapter(AdapterConfig(rank=1), Randomness(0))
 
 
 def component(model: LatentDiffusion) -> str:

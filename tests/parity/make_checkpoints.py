@@ -4,7 +4,7 @@ Runs in the reference environment: names and shapes are those of the reference p
 
     python make_checkpoints.py DIRECTORY
 
-Writes (13 GB) under DIRECTORY:
+Writes (11 GB) under DIRECTORY:
     hub/            a Hugging Face cache (HF_HOME) with the repositories that the reference packages ask for
     hpsv2/          HPS_v2.1_compressed.pt
     pickscore/      config.json, model.safetensors and what its processor reads

@@ -3,7 +3,7 @@
 Standard library only; `tox -e parity` runs it:
 
     python prepare.py DIRECTORY            environment, random checkpoints, pictures and reference scores
-    python prepare.py DIRECTORY --clean    removes the checkpoints (13 GB); the rest stays
+    python prepare.py DIRECTORY --clean    removes the checkpoints (11 GB); the rest stays
 """
 
 from __future__ import annotations

@@ -214,12 +214,12 @@ def measure(settings: dict[str, Any], size: str) -> dict[str, Any]:
     from harness.assembly import assemble
     from harness.cell import request_stream
     from harness.config import resolve
-    from harness.grid import Grid
+    from harness.grid import Grid, pick_dtype
     from harness.metering import Meter
     from harness.records import peak_memory_mib
 
     grid = Grid(resolve(settings))
-    device = grid.model.device
+    device, dtype = grid.model.device, pick_dtype(grid.config)
     (label,) = grid.arms
     tuner = assemble(grid, grid.arms[label], "hpsv2.1", grid.build_training_rewards(["hpsv2.1"]), Meter(), seed=0)
     assert isinstance(tuner, TrainedFineTuner)
@@ -248,10 +248,10 @@ def measure(settings: dict[str, Any], size: str) -> dict[str, Any]:
     peak = peak_memory_mib()  # before anything below takes memory of its own
     with FlopCounterMode(display=False) as counter:
         iterate()
-    rate = matrix_rate(device, grid.model.dtype, chosen.matrix)
+    rate = matrix_rate(device, dtype, chosen.matrix)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(grid.model.dtype).removeprefix("torch."),
+        "dtype": grid.config.dtype,
         "torch": torch.__version__,
         "pictures": pictures,
         "updates": steps / chosen.iterations,

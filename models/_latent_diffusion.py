@@ -28,6 +28,8 @@ from models._adapter_files import read_adapter
 from models._lora import Lora, is_factor
 from models._parts import Layout, load_parts
 
+LATENTS = {"sample", "hidden_states"}  # what UNets and transformers call them
+
 
 class LatentDiffusion(DiffusionModel):
     """A denoiser of an AutoencoderKL's latents that is told what text encoders say.
@@ -38,8 +40,9 @@ class LatentDiffusion(DiffusionModel):
         source: A local directory in the layout of the family's pipeline, or a hub id (`HF_HOME` and `HF_HUB_OFFLINE`
             are honoured). Only safetensors are read.
         device: Where to run.
-        dtype: Dtype of the denoiser and of latents. The adapter stays float32. The autoencoder is float32 where this
-            is shorter, since half precision overflows in it; text encoders are float32 where this is float16.
+        dtype: Dtype of the denoiser. The adapter stays float32. Latents and the autoencoder are float32 where this is
+            shorter: log-probabilities of steps need the one, half precision overflows in the other; text encoders are
+            float32 where this is float16.
         revision: Of a hub id.
 
     Attributes:
@@ -67,7 +70,8 @@ class LatentDiffusion(DiffusionModel):
         self, source: str, device: torch.device, dtype: torch.dtype = torch.float32, revision: str | None = None
     ) -> None:
         self.name = Path(source).name if Path(source).is_dir() else source
-        self.device, self.dtype = device, dtype
+        self.device, self._denoiser_dtype = device, dtype
+        self.dtype = torch.promote_types(dtype, torch.float32)
         parts = load_parts(source, self.layout, dtype, revision)
         self.denoiser, self.vae = _frozen(parts.denoiser, device), _frozen(parts.vae, device)
         self.text_encoders = {folder: _frozen(encoder, device) for folder, encoder in parts.text_encoders.items()}
@@ -99,16 +103,18 @@ class LatentDiffusion(DiffusionModel):
         missing = sorted(set(texts) - self._texts.keys())
         if missing:
             with torch.no_grad():
-                encoded = {name: rows.to(self.dtype) for name, rows in self.encode_texts(missing).items()}
+                encoded = {name: rows.to(self._denoiser_dtype) for name, rows in self.encode_texts(missing).items()}
             for row, text in enumerate(missing):
                 self._texts[text] = {name: rows[row] for name, rows in encoded.items()}
         rows = [self._texts[text] for text in texts]
         return Conditioning({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
     def network(self, adapter: Adapter, **inputs: Any) -> Tensor:
-        """The denoiser's output, with the adapter at the strength that this call asks for."""
+        """The denoiser's output in the latents' dtype, with the adapter at the strength that this call asks for."""
+        for latents in LATENTS & inputs.keys():
+            inputs[latents] = inputs[latents].to(self._denoiser_dtype)
         output: Tensor = self._lora.run(adapter, {**inputs, "return_dict": False})[0]
-        return output
+        return output.to(self.dtype)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Latents to pictures in [0, 1] nominally, at least float32."""

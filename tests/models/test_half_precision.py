@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from harness.api import Adapter, AdapterConfig, Randomness
+from harness.api import Adapter, AdapterConfig, Randomness, SamplerConfig
+from harness.sampling import Transition, log_probability, sample
 from models.stable_diffusion import StableDiffusion
 from tests.fakes import CPU, distance
 
@@ -22,10 +24,10 @@ def gradients(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(0.3 * Randomness(4).normal(parameter.shape, name))
-    x = Randomness(0).normal((2, *model.latent_shape), "x").to(dtype)
+    x = Randomness(0).normal((2, *model.latent_shape), "x")
     noise = model.predict(x, 500, model.condition(["cat", "a dog"]), guidance=3.0, adapter=Adapter()).noise
-    assert noise.dtype == dtype
-    found = torch.autograd.grad(noise.float().square().mean(), list(parameters.values()))
+    assert noise.dtype == torch.float32
+    found = torch.autograd.grad(noise.square().mean(), list(parameters.values()))
     return dict(zip(parameters, found, strict=True))
 
 
@@ -39,3 +41,23 @@ def test_gradients_are_close_to_those_in_float32(
 
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     assert 0 < distance(found, expected) < tolerance
+
+
+def test_log_probabilities_of_a_short_denoiser_tell_small_ratios_apart(pipeline_directory: Path) -> None:
+    """Policy gradients clip ratios at 1e-4: a change of the adapter that moves one by 1e-5 must be seen."""
+    model = StableDiffusion(str(pipeline_directory), CPU, torch.bfloat16)
+    taken: list[tuple[Tensor, Transition]] = []
+    sampler = SamplerConfig(steps=2, eta=1.0, guidance=1.0)
+    x = sample(
+        model,
+        Randomness(0).normal((1, *model.latent_shape), "x"),
+        model.condition(["cat"]),
+        sampler,
+        noise=lambda step: Randomness(1).normal((1, *model.latent_shape), step.index),
+        observe=lambda step, before, policy, after: taken.append((after, policy)),
+    )
+    action, policy = taken[0]
+    before = log_probability(action, policy)
+    after = log_probability(action, replace(policy, mean=policy.mean + 1e-5 * (action - policy.mean)))
+    assert x.dtype == before.dtype == torch.float32
+    assert 3e-6 < float(after - before) < 3e-5  # 1e-5 times the mean square of noise of deviation 1

@@ -164,6 +164,8 @@ def _write_plan(job: Job, passed: Mapping[str, Any]) -> None:
     new = job.grid.describe(passed)
     old = store.read_json(job.run_dir / "run.json")
     if old:
+        # What was made elsewhere is only shown beside a run's own arms: settings, claims and seeds stay the run's.
+        joins = _all_given(new["arms"]) and not _all_given(old["arms"])
         new["arms"] = _union(old["arms"], new["arms"], "label")
         new["rewards"] = _union(old["rewards"], new["rewards"], "name")
         new["cells"] = _union(old["cells"], new["cells"], "cell")
@@ -171,10 +173,16 @@ def _write_plan(job: Job, passed: Mapping[str, Any]) -> None:
         new["seeds"] = sorted({*old["seeds"], *new["seeds"]})
         new["reference_arm"] = new["reference_arm"] if passed.get("reference") else old["reference_arm"]
         new["passed"] = {**old["passed"], **new["passed"]}
+        if joins:
+            new |= {key: old[key] for key in ("config", "passed", "seeds")}
     store.write_json(job.run_dir / "run.json", {"schema": new["schema"], "name": job.run_dir.resolve().name, **new})
     if not (job.run_dir / "provenance.json").exists() or job.pending:
         command = "python -m harness " + " ".join(sys.argv[1:]) if sys.argv[1:] else "harness.run(config)"
         store.write_json(job.run_dir / "provenance.json", collect(job.grid, command))
+
+
+def _all_given(arms: Sequence[Mapping[str, Any]]) -> bool:
+    return all(arm.get("kind") == "given" for arm in arms)
 
 
 def _union(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:

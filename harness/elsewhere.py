@@ -17,8 +17,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 # Of a run that is joined: what its cells were made with, and a command cannot change.
 JOINED = (
     *("model", "revision", "suite", "preset", "sampler", "adapter", "evaluation", "dtype", "budget", "rewards"),
-    *("evaluation_rewards", "early_stopping", "probes", "reward_dtype"),
+    *("evaluation_rewards", "early_stopping", "probes", "reward_dtype", "denoiser"),
 )
+# What a preset may say about arms of its own, which are not here.
+WITHOUT_ARMS: Mapping[str, Any] = {"methods": [], "seeds": [0], "findings": [], "reference": None, "mixes": []}
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,29 @@ def settings(
     arms = [*_adapters(wanted), *_folders(wanted)]
     if not arms:
         raise UserError("nothing to evaluate: give --lora PATH, or --images FOLDER with --prompts FILE")
-    own: dict[str, Any] = {"arms": arms, "timing": False}
+    if not wanted.rewards:
+        raise UserError("--rewards names no reward; see `python -m harness list rewards`")
+    own: dict[str, Any] = {**WITHOUT_ARMS, "arms": arms, "timing": False}
     if into is None:
-        passed = merge(merge(flags, overrides), {**own, "methods": [], "seeds": [0], "findings": []})
-        return {**passed, **_judges(wanted, str(passed.get("model", EMBEDDED_MODEL)), passed["reward_weights"])}
+        passed = merge(merge(flags, overrides), {**own, "variants": [], "early_stopping": None, "probes": []})
+        return {**passed, **_judges(wanted, passed)}
     stored = store.read_json(into / "run.json")
     given = [key for key in {**flags, **overrides} if key in (*JOINED, "out")]
     if given:
         raise UserError(f"--into {into}: {', '.join(given)} is that of the run; leave it out")
-    kept = {key: stored["config"][key] for key in JOINED if stored["config"].get(key) is not None}
+    _refuse_labels_of_others([str(arm["label"]) for arm in arms], stored, into)
+    kept = {key: stored["config"][key] for key in JOINED if key in stored["config"]}
     weights = {**stored["config"].get("reward_weights", {}), **flags["reward_weights"]}
     if wanted.rewards != ("all",):
         kept["rewards"] = [_known(name, stored["training_rewards"]) for name in wanted.rewards]
-    joined = {**kept, **own, "methods": [], "seeds": [0], "findings": [], "out": str(into), "reward_weights": weights}
+    joined = {**kept, **own, "variants": [], "out": str(into), "reward_weights": weights}
     return merge(joined, {key: value for key, value in {**flags, **overrides}.items() if key != "reward_weights"})
+
+
+def _refuse_labels_of_others(labels: list[str], stored: Mapping[str, Any], into: Path) -> None:
+    others = {str(arm["label"]) for arm in stored["arms"] if arm.get("kind") != "given"}
+    if taken := [label for label in labels if label in others]:
+        raise UserError(f"--into {into}: the run has an arm {taken[0]!r} of its own; give another label, label=PATH")
 
 
 def _known(name: str, trained: list[str]) -> str:
@@ -76,12 +87,12 @@ def _known(name: str, trained: list[str]) -> str:
     return name
 
 
-def _judges(wanted: Wanted, model: str, weights: Mapping[str, str]) -> dict[str, Any]:
+def _judges(wanted: Wanted, passed: Mapping[str, Any]) -> dict[str, Any]:
     """The first reward is what tables are about, and stands where a trained arm's training reward would."""
     names = list(wanted.rewards)
     if "all" in names:
-        family = find_model(model).family
-        found = list(find_all(family, weights)[0])
+        family = find_model(str(passed.get("model", EMBEDDED_MODEL)), passed.get("revision")).family
+        found = list(find_all(family, passed["reward_weights"])[0])
         # Those that need weights were meant by whoever has them; then the order of the family.
         first = [name for name in found if name not in reward_names(family)]
         names = [name for name in names if name != "all"] + [*first, *(name for name in found if name not in first)]
@@ -122,7 +133,9 @@ def _labelled(text: str) -> tuple[str, str]:
         i = next((i for i in places if Path(text[i + 1 :]).exists()), places[0])
         return text[:i], text[i + 1 :]
     place = Path(text)
-    return (place.parent.name if place.name == LORA_FILE else place.stem) or text, text
+    if place.name == LORA_FILE:
+        place = place.parent
+    return (place.stem if place.is_file() else place.name) or text, text
 
 
 def _local(path: str) -> Path:

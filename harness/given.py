@@ -70,6 +70,14 @@ class GivenPicturesConfig(GivenConfig):
 
     prompts: Path | None = Field(None, exclude=True, description="File that says which prompt each picture is of.")
 
+    @computed_field  # type: ignore[prop-decorator]
+    @cached_property
+    def prompts_sha256(self) -> str | None:
+        """Of the prompts: another assignment is another arm."""
+        if self.prompts is None or not self.prompts.is_file():  # refused when the pictures are looked for
+            return None
+        return hashlib.sha256(self.prompts.read_bytes()).hexdigest()
+
 
 class Given(InferenceFineTuner):
     """What this run neither trains nor generates by spending queries."""

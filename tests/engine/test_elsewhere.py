@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from harness import benchmark, store
+from harness.config import resolve
 from harness.elsewhere import Wanted, settings
 from harness.errors import UserError
 from harness.report.build import build_report
@@ -44,7 +45,6 @@ def evaluate(made: Bench, pipeline_directory: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("harness.report.build.build_report", lambda run_dir, out=None: run_dir)
 
     def run(out: str, into: Path | None = None, weights: dict[str, str] | None = None, **wanted: Any) -> Path:
-        from harness.config import resolve
         from tests.engine.fakes import settings as small
 
         asked = Wanted(**{"adapters": (), "folders": (), "prompts": None, "scales": "1", "rewards": ("all",), **wanted})
@@ -106,17 +106,53 @@ def test_an_adapter_beside_trained_methods(made: Bench, evaluate: Evaluate, tmp_
     """With --into it joins the run's tables, whose cells stay as they are; the same content elsewhere is the same."""
     run = shutil.copytree(made.folder / "trained", tmp_path / "joined")
     trained = cells(run, "draft")
-    before = (trained / "scores.parquet").read_bytes()
+    before, planned = (trained / "scores.parquet").read_bytes(), store.read_json(run / "run.json")
     copied = shutil.copytree(trained / "adapter", tmp_path / "copied")
     evaluate("", into=run, adapters=(f"mine={copied}",))
     assert (trained / "scores.parquet").read_bytes() == before
     plan = store.read_json(run / "run.json")
     assert [(arm["label"], arm["kind"]) for arm in plan["arms"]] == [("draft", "training"), ("mine", "given")]
+    assert [plan[key] for key in KEPT] == [planned[key] for key in KEPT]
     pd.testing.assert_series_equal(final(cells(run, "mine")), final(trained), atol=0.05, rtol=0.02)
     moved = copied.rename(tmp_path / "moved")
     evaluate("", into=run, adapters=(f"mine={moved}",))
     with pytest.raises(UserError, match=r"the run trained on .*'jpeg-bytes' is none"):
         evaluate("", into=run, adapters=(f"mine={moved}",), rewards=("jpeg-bytes",))
+    with pytest.raises(UserError, match="has an arm 'draft' of its own"):
+        evaluate("", into=run, adapters=(f"draft={moved}",))
+
+
+KEPT = ("config", "passed", "seeds", "reference_arm", "training_rewards")
+
+
+@pytest.mark.parametrize("preset", ["over-optimisation", "generalisation", "truncation"])
+def test_what_a_preset_says_of_its_own_arms_is_left_out(preset: str, tmp_path: Path) -> None:
+    """Reference, mixes, variants and claims are about arms that are not there; what judges the base model stays."""
+    ran = resolve({"preset": preset})
+    plan = {"config": ran.model_dump(mode="json"), "arms": [], "training_rewards": list(ran.rewards)}
+    store.write_json(tmp_path / "run.json", plan)
+    wanted = Wanted((f"mine={tmp_path}",), (), None, "1", ("all",))
+    flags: dict[str, Any] = {"reward_weights": {}}
+    joined = resolve(settings(wanted, flags, {}, tmp_path))
+    alone = resolve(settings(wanted, {**flags, "preset": preset}, {}, None))
+    for config in (joined, alone):
+        assert [arm.label for arm in config.all_arms()] == ["mine"]
+        assert (config.reference, config.mixes, config.variants, config.findings) == (None, (), (), ())
+    kept = ("model", "suite", "sampler", "evaluation", "early_stopping", "probes", "rewards", "denoiser", "adapter")
+    assert [getattr(joined, key) for key in kept] == [getattr(ran, key) for key in kept]
+    assert (alone.early_stopping, alone.probes) == (None, ())
+
+
+def test_an_adapter_is_labelled_by_its_place(tmp_path: Path) -> None:
+    """A folder by its whole name, a file without its suffix; diffusers' file by the folder that it is in."""
+    folder = tmp_path / "fox-v1.5"
+    folder.mkdir()
+    files = [folder / "pytorch_lora_weights.safetensors", folder / "wolf.safetensors"]
+    for file in files:
+        file.touch()
+    wanted = Wanted(tuple(map(str, (folder, *files))), (), None, "1", ("jpeg-bytes",))
+    arms = settings(wanted, {"reward_weights": {}}, {}, None)["arms"]
+    assert [arm["label"] for arm in arms] == ["fox-v1.5", "fox-v1.5", "wolf"]
 
 
 def test_pictures_score_what_they_scored(made: Bench, evaluate: Evaluate, tmp_path: Path) -> None:
@@ -132,6 +168,10 @@ def test_pictures_score_what_they_scored(made: Bench, evaluate: Evaluate, tmp_pa
     assert not store.read_json(cell / "status.json")["generation_cost"]
     report = build_report(run, tmp_path / "report").read_text(encoding="utf-8")
     assert "made elsewhere" in report
+    rows = prompts.read_text(encoding="utf-8").splitlines()
+    prompts.write_text("\n".join([*rows, "another.png,another"]), encoding="utf-8")
+    with pytest.raises(UserError, match="prompts_sha256"):  # other prompts are not the scores that are there
+        evaluate("pictures", folders=(f"shown={folder}",), prompts=prompts, rewards=(reward,))
 
 
 def test_pictures_that_do_not_fit(made: Bench, evaluate: Evaluate, tmp_path: Path) -> None:
@@ -159,6 +199,8 @@ def test_what_cannot_be_evaluated(made: Bench, evaluate: Evaluate, tmp_path: Pat
         evaluate("x", adapters=("mine=nowhere/at/all",), rewards=("jpeg-bytes",))
     with pytest.raises(UserError, match="write numbers"):
         evaluate("x", adapters=("mine=a",), scales="full", rewards=("jpeg-bytes",))
+    with pytest.raises(UserError, match="names no reward"):
+        evaluate("x", adapters=("mine=a",), rewards=())
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match=str(empty)):

@@ -122,7 +122,7 @@ class Lora:
         misfits = []
         for name, pair in factors.items():
             out, *inside = modules[name].weight.shape
-            if list(pair.down.shape[1:]) != inside or list(pair.up.shape[:2]) != [out, pair.rank]:
+            if list(pair.down.shape[1:]) != inside or list(pair.up.shape) != [out, pair.rank, *[1] * len(inside[1:])]:
                 shapes = f"{tuple(pair.up.shape)} and {tuple(pair.down.shape)}"
                 misfits.append(f"{name} (factors {shapes}, weight {tuple(modules[name].weight.shape)})")
         if misfits:

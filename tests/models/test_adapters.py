@@ -366,6 +366,7 @@ QUERY = f"{ATTENTION}.attn1.to_q"
         (lambda s: {k.replace("blocks.0", "blocks.7"): v for k, v in plain(s).items()}, "no such linear"),
         (lambda s: {k: v[..., :5] if ".lora_A" in k else v for k, v in plain(s).items()}, "do not fit"),
         (lambda s: {k: v[:5] if ".lora_B" in k else v for k, v in plain(s).items()}, "do not fit"),
+        (lambda s: {k: v[..., None, None] if ".lora_B" in k else v for k, v in plain(s).items()}, "do not fit"),
         (lambda s: {}, "an empty file"),
     ],
 )

@@ -124,7 +124,10 @@ def _read(path: Path) -> _Content:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = (file.metadata() or {}).get(METADATA)
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not iterable
-            return _Content(state, json.loads(metadata) if metadata else None)
+            described = json.loads(metadata) if metadata else None
+            if not isinstance(described, dict | None):
+                raise ValueError(f"its {METADATA} is no object of JSON")
+            return _Content(state, described)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -183,6 +186,8 @@ def _of_diffusers(
     if magnitudes:
         raise UserError(f"{path} is a DoRA ({listed(magnitudes)}); only plain LoRA can be attached")
     _refuse_encoders([key for key in state if key.startswith("lora_te")], path)
+    if several := [key for key, value in state.items() if key.endswith(".alpha") and value.numel() != 1]:
+        raise UserError(f"{path}: {listed(several)} must be one number, as an alpha is")
     alphas: dict[str, float] = {}
     rest = dict(state)
     if _kind(state) != "kohya":

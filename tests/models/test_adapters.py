@@ -362,6 +362,7 @@ QUERY = f"{ATTENTION}.attn1.to_q"
         (lambda s: {**kohya(s, {}), "lora_unet_x.alpha": torch.tensor(1.0)}, "no layout of LoRA"),
         (lambda s: {k: v for k, v in plain(s).items() if k != f"unet.{QUERY}.lora_B.weight"}, "lacks .*to_q.lora_B"),
         (lambda s: {**plain(s), f"unet.{QUERY}s.alpha": torch.tensor(1.0)}, "alpha of .*to_qs, but no factors"),
+        (lambda s: {**plain(s), f"unet.{QUERY}.alpha": torch.ones(2)}, "must be one number"),
         (lambda s: {k.replace("unet.", "transformer."): v for k, v in plain(s).items()}, "no use for transformer"),
         (lambda s: {k.replace("blocks.0", "blocks.7"): v for k, v in plain(s).items()}, "no such linear"),
         (lambda s: {k: v[..., :5] if ".lora_A" in k else v for k, v in plain(s).items()}, "do not fit"),

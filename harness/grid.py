@@ -30,7 +30,7 @@ from harness.registry import (
     load_suite,
     reward_names,
 )
-from harness.reward_sources import RewardSource, find_all, find_reward
+from harness.reward_sources import RewardSource, find_all, find_reward, parse_weights
 
 SCHEMA = 1
 BASE_CELL = "base"
@@ -207,7 +207,9 @@ class Grid:
 
     def _find_rewards(self, trained_on: Sequence[str]) -> dict[str, RewardSource]:
         """What training and evaluation need, and nothing that lacks its weights, before anything is spent."""
-        weights, family = self.config.reward_weights, self.source.family
+        # Also those of a file of settings are for rewards that exist.
+        weights = parse_weights([f"{name}={place}" for name, place in self.config.reward_weights.items()])
+        family = self.source.family
         every = find_all(family, weights)[0] if "all" in self.config.evaluation_rewards else {}
         asked = [name for name in self.config.evaluation_rewards if name != "all"]
         names = dict.fromkeys([*trained_on, *asked, *reward_names(family), *every])

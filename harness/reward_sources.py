@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     import torch
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+
+
+class _SettingsError(UserError):
+    """A setting is unknown, wrong or not given."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def find_reward(expression: str, weights: Mapping[str, str], *, download: bool =
         download: Whether files may be fetched from the hub that its cache does not have.
 
     Raises:
-        UserError: Unknown name or setting, or a file is missing.
+        UserError: Unknown name or setting, a file is missing, or weights are given for other settings only.
     """
     name, settings = parse_settings(expression)
     reward = load_reward(name)
@@ -100,9 +104,15 @@ def find_reward(expression: str, weights: Mapping[str, str], *, download: bool =
     try:
         config = reward.Config.model_validate(settings)
     except ValidationError as error:
-        raise UserError(explain(error, reward.Config, f"{name}.")) from None
+        raise _SettingsError(explain(error, reward.Config, f"{name}.")) from None
     given = weights.get(expression, weights.get(name))
-    files = locate(expression, reward.files(config), given, download=download)
+    wanted = reward.files(config)
+    if wanted and given is None and (others := [key for key in weights if key.startswith(f"{name}[")]):
+        raise UserError(
+            f"--reward-weights says where those of {others[0]} are, but not those of {expression}; give {expression}="
+            f"PLACE, or {name}=PLACE for both"
+        )
+    files = locate(expression, wanted, given, download=download)
     return RewardSource(expression, reward, config, files, {file: _sha256(path) for file, path in files.items()})
 
 
@@ -110,15 +120,20 @@ def find_all(family: str, weights: Mapping[str, str]) -> tuple[dict[str, RewardS
     """Every reward that makes sense on a model family and whose files are there, and why others are left out.
 
     Rewards without a default for a setting are among the latter.
+
+    Raises:
+        UserError: Weights that are given do not fit: they were meant to be used.
     """
     found: dict[str, RewardSource] = {}
     left_out: dict[str, str] = {}
     for name, plugin in discover("rewards").items():
         if plugin.attributes.get("family", "any") in ("any", "named", family):
             try:
-                source = find_reward(name, weights, download=False)
+                source = find_reward(name, weights, download=name in weights)
                 source.check()
             except UserError as error:
+                if name in weights and not isinstance(error, _SettingsError):
+                    raise
                 left_out[name] = str(error)
             else:
                 found[name] = source
@@ -147,7 +162,7 @@ def parse_settings(expression: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), settings
 
 
-def parse_weights(items: Mapping[str, str] | list[str]) -> dict[str, str]:
+def parse_weights(items: Sequence[str]) -> dict[str, str]:
     """`hpsv2.1=path/to/file.pt` and more.
 
     Raises:
@@ -194,7 +209,10 @@ def locate(name: str, wanted: tuple[WeightFile, ...], given: str | None, *, down
         # Files of another publisher, such as a vocabulary, are not in this one's repository.
         published = {file: (file.repo, file.revision) for file in wanted if file.repo not in ("", wanted[0].repo)}
         places = {file: published.get(file, (repo, revision)) for file in wanted}
-        return {file.name: path for file in wanted if (path := _from_hub(name, file, *places[file], download))}
+        try:
+            return {file.name: path for file in wanted if (path := _from_hub(name, file, *places[file], download))}
+        except UserError as error:
+            raise UserError(f"there is no file or directory {given}, and as an id of the hub: {error}") from None
     if not place.exists():
         raise UserError(f"--reward-weights {name}={given}: there is no such file or directory{_where(wanted[0])}")
     folder = place if place.is_dir() else place.parent

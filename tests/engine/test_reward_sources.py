@@ -214,3 +214,36 @@ def test_all_are_those_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "emoji-3d" not in {*found, *left_out}
     assert all(why for why in left_out.values())
     assert "emoji-3d" in find_all("emoji", {})[0]
+
+
+def test_weights_that_are_given_are_never_left_out(tmp_path: Path) -> None:
+    """Where `all` is asked for, too: they were meant. Only a reward that lacks a setting may be missing."""
+    (tmp_path / "file.pt").write_bytes(b"hello, this is no checkpoint")
+    with pytest.raises(UserError, match=r"file\.pt"):
+        find_all("any", {"aesthetic": str(tmp_path / "file.pt")})
+    assert "must be given" in find_all("any", {"classifier": str(tmp_path / "file.pt")})[1]["classifier"]
+
+
+def test_weights_for_other_settings_are_no_reason_to_take_published_ones(weighted: str, tmp_path: Path) -> None:
+    """Who gives weights for one expression and none for another has probably misspelt it."""
+    weights = {f"{weighted}[target=1]": str(tmp_path / "weights")}
+    assert find_reward(f"{weighted}[target=1]", weights).files
+    with pytest.raises(UserError, match=r"but not those of .*\[target=2\]"):
+        find_reward(f"{weighted}[target=2]", weights)
+
+
+def test_weights_in_a_file_of_settings_are_of_rewards_that_exist(bench: Bench) -> None:
+    """As those on the command line."""
+    with pytest.raises(UserError, match=r"there is no reward 'hpsv9'; did you mean"):
+        bench.run(rewards=["jpeg-compressibility"], reward_weights={"hpsv9": "a.pt"})
+
+
+def test_a_misspelt_path_is_told_from_an_id_of_the_hub(weighted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`folder/file` has the form of both."""
+
+    def download(repo: str, name: str, revision: str | None = None, local_files_only: bool = False) -> str:
+        raise LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match=r"there is no file or directory folder/file\.pt, and as an id of the hub"):
+        find(weighted, "folder/file.pt")

@@ -74,7 +74,8 @@ def load_picture(path: Path) -> NDArray[np.uint8]:
     """The pixels of a file, 8-bit RGB (H, W, 3).
 
     Turned as its EXIF orientation says. Transparent pixels are shown on white. Greyscale and palettes become RGB;
-    of 16 bits the 8 nearest are taken. Colour profiles are not applied: pixels count as sRGB.
+    of 16 bits of grey the 8 nearest are taken, of colour the higher 8, as Pillow reads them. Colour profiles are not
+    applied: pixels count as sRGB.
 
     Raises:
         UserError: It is no picture, is cut off, has several frames, or has values without a defined range.
@@ -100,7 +101,7 @@ def load_picture(path: Path) -> NDArray[np.uint8]:
             return np.array(upright.convert("RGB"))
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise many kinds
         raise UserError(f"{path} cannot be read as a picture: {error}; leave it out or save it again") from None
 
 

@@ -27,6 +27,7 @@ from torchvision.transforms import functional
 from harness.api import Prompt, UserError
 from harness.registry import discover, load_reward
 from harness.rewarding import ConfiguredReward
+from rewards._weights import read_state
 from rewards.aesthetic import VIT_L_14
 from rewards.pickscore import VIT_H_14
 
@@ -825,6 +826,15 @@ def test_no_code_is_executed(published: Published, name: str, tmp_path: Path) ->
     assert not trace.exists()
     torch.load(path, weights_only=False)  # the file is what it claims to be
     assert trace.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"R", b"<html>", b"K\x01.", b"PK\x03\x04"])
+def test_any_other_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    """A page of a failed download, an empty file, words: none ends in an error of the reader."""
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.pt cannot be read as weights"):
+        read_state(path)
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from rewards._preprocessing import as_pictures, known, normalised
 from rewards._weights import build_strictly, read_state
 
 BACKBONE, HEADS = "alexnet-owt-7be5be79.pth", "alex.pth"
+HEADS_SHA256 = "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"
 # Of pictures in [-1, 1]: ImageNet's mean and deviation as LPIPS writes them.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 CHANNELS = (64, 192, 384, 256, 256)
@@ -125,7 +127,7 @@ class LpipsDiversity(ConfiguredReward):
             ),
             WeightFile(
                 HEADS,
-                sha256="df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+                sha256=HEADS_SHA256,
                 where="the PyPI package lpips 0.1.4 as lpips/weights/v0.1/alex.pth (BSD-2-Clause)",
                 optional=True,
             ),
@@ -146,11 +148,13 @@ class LpipsDiversity(ConfiguredReward):
         """Scores (B,), from 0; NaN where a picture is not finite, or no other one is.
 
         Raises:
-            ValueError: The pictures are no floating-point (B, 3, H, W), or smaller than 31x31.
+            ValueError: The pictures are no floating-point (B, 3, H, W).
+            UserError: They are smaller than 31x31.
         """
         images = as_pictures(images_BCHW)
         if min(images.shape[-2:]) < SMALLEST:
-            raise ValueError(f"LPIPS needs pictures of at least {SMALLEST}x{SMALLEST}, not {tuple(images.shape[-2:])}")
+            height, width = images.shape[-2:]
+            raise UserError(f"lpips-diversity needs pictures of at least {SMALLEST}x{SMALLEST}, not {height}x{width}")
         finite = images.isfinite().flatten(1).all(1)
         layers = self._directions(torch.where(finite.view(-1, 1, 1, 1), images, 0))
         # Every pair once: a row with those after it.
@@ -176,13 +180,19 @@ class LpipsDiversity(ConfiguredReward):
 def _packaged_heads() -> Path:
     """Where the installed package lpips has its heads; it is not imported.
 
+    They are no part of the version, which files that are given are, so that only the published ones do.
+
     Raises:
-        UserError: It is not installed.
+        UserError: It is not installed, or holds others.
     """
     package = importlib.util.find_spec("lpips")
     for folder in (package.submodule_search_locations or []) if package else []:
         path = Path(folder) / "weights" / "v0.1" / HEADS
         if path.is_file():
+            if hashlib.sha256(path.read_bytes()).hexdigest() != HEADS_SHA256:
+                raise UserError(
+                    f"{path} is not the published {HEADS} (sha256 {HEADS_SHA256}); put the one to use beside {BACKBONE}"
+                )
             return path
     raise UserError(
         f"lpips-diversity needs LPIPS' heads: put {HEADS} beside {BACKBONE}, or install the package that holds it: "

@@ -193,7 +193,7 @@ def test_a_picture_alone_scores_nan(reward: LpipsDiversity) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((2, 1, 40, 40), "floating point"), ((2, 4, 40, 40), "floating point"), ((2, 3, 30, 64), "at least 31x31")],
+    [((2, 1, 40, 40), "floating point"), ((2, 4, 40, 40), "floating point"), ((2, 3, 30, 64), "31x31, not 30x64")],
 )
 def test_odd_pictures_are_refused(reward: LpipsDiversity, shape: tuple[int, ...], message: str) -> None:
     """Other than three channels, or too small; 31x31 is enough."""
@@ -250,4 +250,17 @@ def test_missing_heads_name_the_remedy(files: dict[str, Path]) -> None:
     """Neither beside AlexNet nor in a package."""
     LpipsDiversity(META, CONFIG, files)
     with pytest.raises(UserError, match=r"put alex\.pth beside .*pip install --no-deps lpips==0\.1\.4"):
+        LpipsDiversity(META, CONFIG, {BACKBONE: files[BACKBONE]})
+
+
+def test_other_heads_in_a_package_are_refused(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version does not tell them apart."""
+    heads = tmp_path / "lpips" / "weights" / "v0.1" / HEADS
+    heads.parent.mkdir(parents=True)
+    heads.write_bytes(files[HEADS].read_bytes())
+    (tmp_path / "lpips" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"is not the published alex\.pth"):
         LpipsDiversity(META, CONFIG, {BACKBONE: files[BACKBONE]})

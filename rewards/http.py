@@ -19,6 +19,7 @@ from harness.api import ConfiguredReward, Prompt, RewardConfig, UserError, Weigh
 BACKOFF = 0.5  # seconds: the second retry waits 1 s, the next 2, 4, 8, then 10 s each; the first does not wait
 BACKOFF_MAX = 10
 SHOWN = 200  # characters of an answer in a message
+LARGEST = torch.finfo(torch.float32).max
 
 
 class HttpConfig(RewardConfig):
@@ -138,7 +139,7 @@ class Http(ConfiguredReward):
         if len(scores) != count:
             raise self._unusable(f"{len(scores)} scores for {count} pictures", text)
         for score in scores:
-            number = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) != float("inf")
+            number = isinstance(score, int | float) and not isinstance(score, bool) and not abs(score) > LARGEST
             if score is not None and not number:
                 raise self._unusable(f"the score {score!r:.40}, neither a number nor null", text)
         return [float("nan") if score is None else float(score) for score in scores]

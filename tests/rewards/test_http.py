@@ -45,6 +45,8 @@ ANSWERS = {
     "/words": lambda asked: (200, {"scores": ["good", "bad", "good"]}),
     "/true": lambda asked: (200, {"scores": [True, False, True]}),
     "/infinite": lambda asked: (200, {"scores": [1, float("inf"), 2]}),
+    "/large": lambda asked: (200, {"scores": [1, 10**400, 2]}),
+    "/double": lambda asked: (200, {"scores": [1, 1e300, 2]}),
     "/list": lambda asked: (200, [1, 2, 3]),
     "/html": lambda asked: (200, "<html>Welcome</html>"),
 }
@@ -183,6 +185,8 @@ def test_null_is_not_a_number(server: str, images: Tensor) -> None:
         ("/words", 1, 1, "answered the score 'good', neither a number nor null"),
         ("/true", 1, 1, "answered the score True, neither"),
         ("/infinite", 1, 1, "answered the score inf, neither"),
+        ("/large", 1, 1, "answered the score 1000.*, neither"),
+        ("/double", 1, 1, r"answered the score 1e\+300, neither"),
         ("/list", 1, 1, "answered no object with a list of scores"),
         ("/html", 1, 1, "answered no JSON .* found: <html>Welcome"),
     ],

@@ -76,6 +76,8 @@ class Benchmark:
         except OSError as error:
             raise self.error(f"cannot read {error.filename or path}: {error.strerror}") from None
         digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+        if path not in digests and not path.is_dir():
+            raise self.error(f"{path} is no directory")
         if path.is_dir():
             listing = "".join(f"{digests[file]}  {file.name}\n" for file in sorted(digests, key=lambda f: f.name))
             digest = hashlib.sha256(listing.encode()).hexdigest()

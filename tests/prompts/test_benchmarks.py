@@ -180,6 +180,7 @@ def test_the_copy_is_checked_against_its_hash(tmp_path: Path) -> None:
         ("drawbench", lambda p: p, "cannot read .*: Is a directory"),
         ("partiprompts", lambda p: parti(p / "a.tsv", 1631), "a.tsv has 1631 rows instead of 1632"),
         ("partiprompts", lambda p: _file(p / "a.tsv", b"Prompt,Category\na,b\n"), "has the columns prompt,category"),
+        ("pick-a-pic", lambda p: _file(p / "test.txt", b"a fox"), "test.txt is no directory"),
         ("pick-a-pic", lambda p: _file(p / "train.txt", b"a fox").parent, "no file has prompts of the test split"),
         (
             "pick-a-pic",

@@ -267,7 +267,9 @@ class RunConfig(BaseModel):
             if label == "base":
                 raise UserError("no arm can be labelled 'base': that is the model before training; take another label")
             if labels.count(label) > 1:
-                raise UserError(f"two arms are labelled {label!r}; give each a label of its own (--arm label: ..., label=PATH)")
+                raise UserError(
+                    f"two arms are labelled {label!r}; give each a label of its own (--arm label: ..., label=PATH)"
+                )
         return arms
 
 

@@ -247,3 +247,19 @@ def test_a_misspelt_path_is_told_from_an_id_of_the_hub(weighted: str, monkeypatc
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(UserError, match=r"there is no file or directory folder/file\.pt, and as an id of the hub"):
         find(weighted, "folder/file.pt")
+
+
+def test_another_repository_has_not_the_files_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id that is given stands for the weights' own repository; the vocabulary stays where it is published."""
+    asked: dict[str, tuple[str, str | None]] = {}
+
+    def download(repo: str, name: str, revision: str | None = None, local_files_only: bool = False) -> str:
+        asked[name] = (repo, revision)
+        (tmp_path / name).write_text("")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UserError, match=r"is not the published vocab\.txt"):
+        find_reward("imagereward", {"imagereward": "me/mine@v2"})
+    assert asked["ImageReward.pt"] == ("me/mine", "v2")
+    assert asked["vocab.txt"][0] not in ("", "me/mine")

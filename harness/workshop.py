@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from harness.api import Generation
+from harness.api import Generation, Reward
+from harness.assembly import Declared
 from harness.evaluation import Evaluator
 from harness.grid import Grid
 from harness.registry import load_embedding
@@ -22,7 +23,7 @@ class Workshop:
         self.grid = grid
         self.model = grid.model
         self.keep_images = grid.config.keep_images == "final"
-        self.training_rewards = grid.build_training_rewards(_trained_on(grid))
+        self.training_rewards = _training_rewards(grid)
         self.evaluator = Evaluator(
             self.model,
             grid.rewards,
@@ -33,5 +34,8 @@ class Workshop:
         )
 
 
-def _trained_on(grid: Grid) -> list[str]:
-    return [name for terms in grid.training_rewards.values() for _, name in terms]
+def _training_rewards(grid: Grid) -> dict[str, Reward]:
+    names = [name for terms in grid.training_rewards.values() for _, name in terms]
+    if all(arm.kind == "given" for arm in grid.arms.values()):  # nothing calls them, and their networks are large
+        return {name: Declared(grid.rewards[name].reward) for name in names}
+    return grid.build_training_rewards(names)

@@ -16,6 +16,7 @@ from harness import benchmark, store
 from harness.config import resolve
 from harness.elsewhere import Wanted, settings
 from harness.errors import UserError
+from harness.grid import Grid
 from harness.report.build import build_report
 from tests.engine.fakes import Bench, plugin_file, run_inline
 
@@ -43,6 +44,7 @@ def evaluate(made: Bench, pipeline_directory: Path, monkeypatch: pytest.MonkeyPa
     """Evaluate what is wanted with the settings of the trained run, in this process."""
     monkeypatch.setattr(benchmark, "run_cells", run_inline)
     monkeypatch.setattr("harness.report.build.build_report", lambda run_dir, out=None: run_dir)
+    monkeypatch.setattr(Grid, "build_training_rewards", None)  # nothing is trained: judges are loaded once
 
     def run(out: str, into: Path | None = None, weights: dict[str, str] | None = None, **wanted: Any) -> Path:
         from tests.engine.fakes import settings as small

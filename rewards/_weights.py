@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +34,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
         mappable = zipfile.is_zipfile(path)  # what was saved before torch 1.6 is not
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # of a file that is none, the readers raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no content'}"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to execute it
+            reason = "it is no checkpoint, or holds something else than tensors"
         raise UserError(
             f"{path} cannot be read as weights: {reason}. Only tensors are read (safetensors, or torch.load with "
             "weights_only=True): a file that would execute code is refused; download it again from its publisher"

@@ -63,7 +63,7 @@ def check_arms(grid: Grid) -> None:
         for expression, terms in grid.training_rewards.items():
             tuner = assemble(grid, arm, expression, declared, Meter(), seed=0)
             if isinstance(tuner, GivenPictures):
-                tuner.files([p for part in grid.evaluated.values() for p in part], grid.config.evaluation.latents)
+                tuner.check([p for part in grid.evaluated.values() for p in part], grid.config.evaluation.latents)
             needed = iteration_cost(planned_cost(tuner, grid.model).maximal, len(terms), budget.unit)
             if needed > budget.amount and not arm.inference:
                 raise UserError(

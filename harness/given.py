@@ -144,18 +144,21 @@ class GivenPictures(Given):
         return {prompt.text: by_text[prompt.text][:number] for prompt in prompts}
 
     def pictures(self, evaluated: Sequence[Evaluated]) -> Pictures:
-        """8-bit pictures (N, H, W, 3): the k-th of a prompt stands for its noise id k.
-
-        Raises:
-            UserError: A prompt has too few, or sizes differ.
-        """
+        """8-bit pictures (N, H, W, 3): the k-th of a prompt stands for its noise id k. `check` has seen them."""
         number = 1 + max(item.request.noise_id for item in evaluated)
         files = self.files([item.request.prompt for item in evaluated], number)
-        loaded = [load_picture(files[i.request.prompt.text][i.request.noise_id]) for i in evaluated]
-        if len(sizes := {picture.shape for picture in loaded}) > 1:
+        return np.stack([load_picture(files[i.request.prompt.text][i.request.noise_id]) for i in evaluated])
+
+    def check(self, prompts: Sequence[Prompt], number: int) -> None:
+        """Whether `pictures` will find what it needs.
+
+        Raises:
+            UserError: A prompt has too few, one cannot be read, or sizes differ.
+        """
+        files = self.files(prompts, number)
+        if len(sizes := {load_picture(path).shape for paths in files.values() for path in paths}) > 1:
             shown = ", ".join(f"{width}x{height}" for height, width, _ in sorted(sizes)[:3])
             raise UserError(f"the pictures in {self.config.path} have several sizes ({shown}); bring them to one")
-        return np.stack(loaded)
 
 
 GIVEN: dict[str, type[Given]] = {"given-adapter": GivenAdapter, "given-pictures": GivenPictures}

@@ -420,8 +420,12 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name!r} is not understood: cpu, cuda, cuda:1 ...") from None
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise UserError(f"--device {name}: nothing can be computed there; take cpu, or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA device is usable here; take --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
 
 

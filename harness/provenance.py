@@ -19,7 +19,8 @@ from harness.grid import Grid
 from harness.store import utc_now
 
 PACKAGES = (
-    "torch", "diffusers", "transformers", "peft", "numpy", "scipy", "pandas", "pyarrow", "pillow", "matplotlib",
+    "torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "torchvision",
+    "numpy", "scipy", "pandas", "pyarrow", "pillow", "matplotlib",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from harness.api import AdapterFile, UserError
@@ -129,8 +129,11 @@ def _read(path: Path) -> _Content:
                 raise ValueError(f"its {METADATA} is no object of JSON")
             return _Content(state, described)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # of a file that is none, the readers raise many kinds
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no content'}"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to execute it
+            reason = "it holds no adapter, or something else than tensors"
         raise UserError(
             f"{path} cannot be read as an adapter: {reason}. Only tensors are read (safetensors, or torch.load with "
             "weights_only=True): a file that would execute code is refused"

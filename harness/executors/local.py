@@ -14,6 +14,8 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import UserError
+
 if TYPE_CHECKING:
     from harness.config import RunConfig
     from harness.grid import Cell
@@ -173,6 +175,8 @@ def serve(connection: Connection, config: RunConfig, run_dir: Path) -> None:
                 torch.set_num_threads(1 if config.device == "cpu" else torch.get_num_threads())
                 connection.send(Event("progress", cell.cell, "load", 0.0, "loading the model"))
                 workshop = Workshop(Grid(config))
+            if cell not in workshop.grid.cells:
+                raise UserError("model, suite, weights or code changed while the run was going; start it again")
 
             def report(phase: str, fraction: float, detail: str, name: str = cell.cell) -> None:
                 connection.send(Event("progress", name, phase, fraction, detail))

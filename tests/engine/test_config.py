@@ -229,6 +229,7 @@ MISTAKES = {
     f"--methods {PLUGINS}:Quadratic": ("Quadratic", "FineTuner"),
     "--methods draft --config absent.yaml": ("absent.yaml", "cannot be read"),
     "--methods draft --device gpu": ("'gpu'", "cuda"),
+    "--methods draft --device meta": ("--device meta", "take cpu"),
     "--methods draft --dtype float8": ("'float8'", "float32"),
     "--methods draft --keep-images all": ("'all'", "final"),
     "--methods draft --workers two": ("'--workers'", "integer"),

@@ -263,3 +263,24 @@ def test_another_repository_has_not_the_files_of_others(tmp_path: Path, monkeypa
         find_reward("imagereward", {"imagereward": "me/mine@v2"})
     assert asked["ImageReward.pt"] == ("me/mine", "v2")
     assert asked["vocab.txt"][0] not in ("", "me/mine")
+
+
+def test_weights_that_change_while_a_run_goes(bench: Bench, weighted: str, tmp_path: Path) -> None:
+    """A worker that finds other weights than the plan was made with trains nothing."""
+    from harness.config import resolve
+    from harness.executors.local import serve
+    from harness.grid import Grid
+    from tests.engine.fakes import Inline, settings
+
+    common: dict[str, Any] = {
+        "rewards": [f"{weighted}[target=0.5]"],
+        "reward_weights": {weighted: str(tmp_path / "weights")},
+    }
+    config = resolve(settings(bench.plugins, tmp_path / "run", **common))
+    planned = Grid(config).cells
+    write(tmp_path / "weights", weight=torch.tensor([3.0]))
+    connection = Inline(list(planned), lambda event: None)
+    serve(connection, config, tmp_path / "run")  # type: ignore[arg-type]
+    assert set(connection.ends.values()) == {"crashed"}
+    assert "changed while the run was going" in (tmp_path / "run" / "cells" / "base" / "error.txt").read_text()
+    assert not list((tmp_path / "run").rglob("*.parquet"))

@@ -426,6 +426,13 @@ def test_no_code_of_a_file_is_executed(model: StableDiffusion, tmp_path: Path) -
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("name", ["lora.bin", "lora.pt", "lora.safetensors"])
+def test_a_file_that_is_no_checkpoint(model: StableDiffusion, tmp_path: Path, name: str) -> None:
+    """Whatever a reader raises, it is said in one line, without advice to execute the file."""
+    (tmp_path / name).write_text("these are no weights")
+    refused(model, tmp_path / name, "cannot be read as an adapter")
+
+
 def test_which_file(model: StableDiffusion, tmp_path: Path) -> None:
     """A place that does not exist, a directory with several files, one with none, a configuration alone."""
     refused(model, tmp_path / "nowhere", "does not exist")

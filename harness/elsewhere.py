@@ -19,6 +19,7 @@ JOINED = (
     *("model", "revision", "suite", "preset", "sampler", "adapter", "evaluation", "dtype", "budget", "rewards"),
     *("evaluation_rewards", "early_stopping", "probes", "reward_dtype", "denoiser"),
 )
+ROLES = ("proxy", "held-out", "gold")
 # What a preset may say about arms of its own, which are not here.
 WITHOUT_ARMS: Mapping[str, Any] = {"methods": [], "seeds": [0], "findings": [], "reference": None, "mixes": []}
 
@@ -92,10 +93,10 @@ def _judges(wanted: Wanted, passed: Mapping[str, Any]) -> dict[str, Any]:
     names = list(wanted.rewards)
     if "all" in names:
         family = find_model(str(passed.get("model", EMBEDDED_MODEL)), passed.get("revision")).family
-        found = list(find_all(family, passed["reward_weights"])[0])
-        # Those that need weights were meant by whoever has them; then the order of the family.
-        first = [name for name in found if name not in reward_names(family)]
-        names = [name for name in names if name != "all"] + [*first, *(name for name in found if name not in first)]
+        found, usual = find_all(family, passed["reward_weights"])[0], reward_names(family)
+        # Those that need weights were meant by whoever has them; then what can be trained on, and what only judges.
+        order = sorted(found, key=lambda name: (name in usual, ROLES.index(found[name].reward.role)))
+        names = [name for name in names if name != "all"] + order
     return {"rewards": names[:1], "evaluation_rewards": list(dict.fromkeys(names[1:]))}
 
 

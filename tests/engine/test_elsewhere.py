@@ -193,6 +193,14 @@ def test_pictures_that_do_not_fit(made: Bench, evaluate: Evaluate, tmp_path: Pat
         evaluate("few", **evaluated)
 
 
+def test_all_judges_have_an_order() -> None:
+    """What can be trained on comes before what only judges: the first is what the report is about."""
+    passed = settings(Wanted(("a",), (), None, "1", ("all",)), {"reward_weights": {}, "model": "emoji"}, {}, None)
+    judges = [*passed["rewards"], *passed["evaluation_rewards"]]
+    assert judges[:2] == ["emoji-3d", "emoji-clip"]
+    assert judges[-2:] == ["background-accuracy", "object-accuracy"]
+
+
 def test_what_cannot_be_evaluated(made: Bench, evaluate: Evaluate, tmp_path: Path) -> None:
     """Nothing, something that is not there, a file that is no adapter, a setting of the run that is joined."""
     with pytest.raises(UserError, match="nothing to evaluate"):

@@ -55,7 +55,9 @@ def run(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")] = None,
     keep_images: Annotated[str, typer.Option(help="Evaluated pictures: final or none.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid and its cost; run nothing. Fetches weights.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the grid and its cost; run nothing. Fetches weights.")
+    ] = False,
 ) -> None:
     """Run a grid of (method, reward, seed) cells, or what is missing of it, and write its report."""
     from harness.config import (

@@ -75,7 +75,7 @@ def load_picture(path: Path) -> NDArray[np.uint8]:
 
     Turned as its EXIF orientation says. Transparent pixels are shown on white. Greyscale and palettes become RGB;
     of 16 bits of grey the 8 nearest are taken, of colour the higher 8, as Pillow reads them. Colour profiles are not
-    applied: pixels count as sRGB.
+    applied: pixels count as sRGB. Of a JPEG with further pictures in it, as some cameras write, the first is taken.
 
     Raises:
         UserError: It is no picture, is cut off, has several frames, or has values without a defined range.
@@ -85,7 +85,7 @@ def load_picture(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
             frames = getattr(picture, "n_frames", 1)
-            if frames > 1:
+            if frames > 1 and picture.format != "MPO":  # a camera's JPEG with its preview behind it
                 raise UserError(f"{path} has {frames} frames; save the one to score as a picture of its own")
             upright = ImageOps.exif_transpose(picture)
             if upright.mode in ("I", "F"):

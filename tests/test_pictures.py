@@ -95,6 +95,14 @@ def test_jpeg_of_print_colours_becomes_rgb(tmp_path: Path) -> None:
     assert load_picture(tmp_path / "a.jpg").min() >= 254
 
 
+def test_the_first_picture_of_a_camera_file(tmp_path: Path) -> None:
+    """JPEGs that hold a preview behind the picture (MPO) are pictures, not animations."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
+    frames[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=frames[1:])
+    assert Image.open(tmp_path / "phone.jpg").format == "MPO"
+    assert (load_picture(tmp_path / "phone.jpg") == 255).all()
+
+
 def test_files_that_are_no_single_picture_are_explained(tmp_path: Path) -> None:
     """Text, an empty file, half a file, an animation, values without a range, and a missing file."""
     (tmp_path / "a.png").write_text("no picture")

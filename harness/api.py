@@ -22,6 +22,7 @@ from harness.errors import Diverged, UserError
 from harness.prompts import Prompt, PromptSuite
 from harness.randomness import Randomness
 from harness.rewarding import ConfiguredReward, Embedding, Reward, RewardConfig, WeightFile
+from harness.tensor_files import reading_tensors
 
 __all__ = [
     "Adapter",
@@ -54,6 +55,7 @@ __all__ = [
     "TrainedFineTuner",
     "UserError",
     "WeightFile",
+    "reading_tensors",
 ]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
-from harness.api import AdapterFile, UserError
+from harness.api import AdapterFile, UserError, reading_tensors
 from models._lora import Factors, listed
 
 PEFT_CONFIG = "adapter_config.json"
@@ -119,7 +118,7 @@ def _locate(path: Path) -> tuple[Path, ...]:
 
 
 def _read(path: Path) -> _Content:
-    try:
+    with reading_tensors(path, "an adapter"):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = (file.metadata() or {}).get(METADATA)
@@ -129,15 +128,6 @@ def _read(path: Path) -> _Content:
                 raise ValueError(f"its {METADATA} is no object of JSON")
             return _Content(state, described)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a file that is none, the readers raise many kinds
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {lines[0] if lines else 'no content'}"
-        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to execute it
-            reason = "it holds no adapter, or something else than tensors"
-        raise UserError(
-            f"{path} cannot be read as an adapter: {reason}. Only tensors are read (safetensors, or torch.load with "
-            "weights_only=True): a file that would execute code is refused"
-        ) from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no dictionary of tensors, which the weights of an adapter are")
     return _Content(dict(content), None)

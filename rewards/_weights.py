@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harness.api import UserError
+from harness.api import UserError, reading_tensors
 
 SHOWN = 4  # names in a message
 
@@ -27,21 +26,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: It cannot be read so.
     """
-    try:
+    with reading_tensors(path, "weights"):
         if path.suffix == ".safetensors":
             loaded: dict[str, Tensor] = load_file(path)
             return loaded
         mappable = zipfile.is_zipfile(path)  # what was saved before torch 1.6 is not
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except Exception as error:  # of a file that is none, the readers raise many kinds
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {lines[0] if lines else 'no content'}"
-        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to execute it
-            reason = "it is no checkpoint, or holds something else than tensors"
-        raise UserError(
-            f"{path} cannot be read as weights: {reason}. Only tensors are read (safetensors, or torch.load with "
-            "weights_only=True): a file that would execute code is refused; download it again from its publisher"
-        ) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

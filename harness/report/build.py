@@ -79,13 +79,11 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
     """Everything that the template shows."""
     run = analysis.run
     scored = [reward for reward in run.training_rewards if reward in analysis.rewards]
-    by_reward = dict(zip(figures.pictured, figures.pictures, strict=True))
     sections = [
         {
             "title": f"{run.relation.capitalize()} {f.markdown(reward)}",
             "results": tables.rewards_by_method(analysis, reward),
             "pairs": tables.pairwise(analysis, reward),
-            "pictures": by_reward.get(reward) if by_reward and reward != figures.pictured[0] else None,
         }
         for reward in scored
     ]
@@ -101,6 +99,7 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "outcomes": narrative.outcomes(analysis),
         "warnings": narrative.warnings(analysis),
         "pictures": figures.pictures,
+        "samples": figures.pictures[1:],  # the first stands at the top: people look at pictures before tables
         "headline": tables.headline(analysis),
         "comparisons": tables.comparisons(analysis),
         "reference": f.markdown(run.reference),

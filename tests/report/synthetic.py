@@ -93,7 +93,7 @@ def write_run(folder: Path, made: Made, *, shuffle: int | None = None) -> Path:
         for seed in range(made.seeds)
     ]
     cells.append({"cell": "base", "arm": "base", "reward": "", "seed": -1})
-    (folder / "run.json").write_text(json.dumps(_plan(made, prompts, cells), indent=1))
+    (folder / "run.json").write_text(json.dumps(make_plan(made, prompts, cells), indent=1))
     (folder / "provenance.json").write_text(
         json.dumps({"git": {"sha": "0" * 40, "dirty": False}, "versions": {"numpy": "2.4"}, "command": "run --seeds 5"})
     )
@@ -104,7 +104,8 @@ def write_run(folder: Path, made: Made, *, shuffle: int | None = None) -> Path:
     return folder
 
 
-def _plan(made: Made, prompts: Mapping[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+def make_plan(made: Made, prompts: Mapping[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run.json of a made-up run."""
     return {
         "schema": 1,
         "name": "made-up-0a1b2c3d",
@@ -157,7 +158,7 @@ def _write_cell(
     state = "diverged" if name in made.diverged else "crashed" if name in made.crashed else "completed"
     place = folder / "cells" / name
     place.mkdir(parents=True)
-    cost = _cost(cell["arm"], BUDGET)
+    cost = cell_cost(cell["arm"], BUDGET)
     status = {
         "state": state,
         "reason": "the loss is NaN" if state == "diverged" else "",
@@ -191,7 +192,8 @@ def _write_cell(
         _draw_all(place / "images" / "final", made, cell, prompts)
 
 
-def _cost(arm: str, queries: float) -> dict[str, float]:
+def cell_cost(arm: str, queries: float) -> dict[str, float]:
+    """The meter's totals after so many queries."""
     rows = 0.0 if arm == "base" else ROWS_PER_QUERY.get(arm.split(" ")[0], 30.0) * queries
     gradient = 0.0 if arm.startswith("ddpo") or arm == "base" else queries
     queries = 0.0 if arm == "base" else queries
@@ -237,7 +239,9 @@ def _tables(made: Made, cell: dict[str, Any], prompts: Mapping[str, Any]) -> tup
                                 "point": point,
                                 "iteration": int(spent / 4),
                                 "queries": spent,
-                                "denoiser_rows": sum(v for k, v in _cost(cell["arm"], spent).items() if "rows" in k),
+                                "denoiser_rows": sum(
+                                    v for k, v in cell_cost(cell["arm"], spent).items() if "rows" in k
+                                ),
                                 "train_seconds": spent * ROWS_PER_QUERY.get(common["method"], 30.0) / 250,
                                 "split": split,
                                 "prompt_id": prompt_id,
@@ -282,16 +286,21 @@ def _draw_all(folder: Path, made: Made, cell: dict[str, Any], prompts: Mapping[s
     for split in ("training", "held-out"):
         for index, (prompt_id, _) in enumerate(prompts[split]):
             for noise_id in range(made.latents):
-                picture = Image.new("RGB", (64, 64), (244, 244, 244) if gain < 1 else (150, 110, 200))
-                pen = ImageDraw.Draw(picture)
-                colour = COLOURS[index % len(COLOURS)]
-                reach = 18 + (3 * index + noise_id + max(cell["seed"], 0)) % 6
-                pen.ellipse((32 - reach, 34 - reach, 32 + reach, 34 + reach), fill=colour)
-                if gain >= 1:
-                    pen.ellipse((22, 20, 32, 28), fill=(255, 255, 255))
-                for x in (25, 39):
-                    pen.ellipse((x - 3, 29, x + 3, 35), fill=(20, 20, 20))
+                picture = draw_picture(index, noise_id, cell["seed"], excited=gain >= 1)
                 picture.save(folder / f"{prompt_id}--{noise_id}.png")
+
+
+def draw_picture(index: int, noise_id: int, seed: int, *, excited: bool) -> Image.Image:
+    """A face in the colour of the prompt; another background and a shine where the reward was learned."""
+    picture = Image.new("RGB", (64, 64), (150, 110, 200) if excited else (244, 244, 244))
+    pen = ImageDraw.Draw(picture)
+    reach = 18 + (3 * index + noise_id + max(seed, 0)) % 6
+    pen.ellipse((32 - reach, 34 - reach, 32 + reach, 34 + reach), fill=COLOURS[index % len(COLOURS)])
+    if excited:
+        pen.ellipse((22, 20, 32, 28), fill=(255, 255, 255))
+    for x in (25, 39):
+        pen.ellipse((x - 3, 29, x + 3, 35), fill=(20, 20, 20))
+    return picture
 
 
 def grid_job(**changes: Any) -> Made:

@@ -269,9 +269,14 @@ def _span(run: Run) -> tuple[str | None, str | None]:
     return (starts[0] if starts else None, ends[-1] if ends else None)
 
 
+def data_until(run: Run) -> str:
+    """When the last cell finished (UTC)."""
+    return _span(run)[1] or UNKNOWN
+
+
 def data_date(run: Run) -> str:
     """The day on which the last cell finished."""
-    return (_span(run)[1] or UNKNOWN)[:10]
+    return data_until(run)[:10]
 
 
 def _text(value: Any) -> str:

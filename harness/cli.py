@@ -7,7 +7,9 @@ import sys
 
 import typer
 
+from harness.commands.baseline import baseline
 from harness.commands.check import check
+from harness.commands.compare import compare
 from harness.commands.evaluate import evaluate
 from harness.commands.list import list_
 from harness.commands.mix import mix
@@ -15,7 +17,7 @@ from harness.commands.report import report
 from harness.commands.run import run
 from harness.commands.score import score
 from harness.commands.status import status
-from harness.errors import CellsFailed, ContractsBroken, UserError
+from harness.errors import CellsFailed, ContractsBroken, Regressed, Undecided, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,13 +30,14 @@ app = typer.Typer(
     "latents, and writes results/<run>/report/report.md. The same command resumes an interrupted run.",
 )
 
-for _command in (run, report, evaluate, score, mix, status, check):
+for _command in (run, report, evaluate, score, mix, compare, status, check):
     app.command()(_command)
 app.command("list")(list_)
+app.add_typer(baseline, name="baseline")
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, a failed cell or contract 1, Ctrl-C 130."""
+    """Entry point: a user's mistake is one line and exit code 2; a failed cell, contract, comparison 1; Ctrl-C 130."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on parts that nothing here uses
     try:
         if app(standalone_mode=False) == 130:  # how newer versions of typer hand on a KeyboardInterrupt
@@ -42,7 +45,10 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (CellsFailed, ContractsBroken) as error:
+    except Undecided as error:
+        print(f"undecided: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (CellsFailed, ContractsBroken, Regressed) as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):

@@ -18,6 +18,14 @@ class ContractsBroken(RuntimeError):  # noqa: N818 - reads as what happened
     """A method was checked, and some of its contracts do not hold."""
 
 
+class Regressed(RuntimeError):  # noqa: N818 - reads as what happened
+    """A run was compared with a baseline, and something is worse by more than the margin."""
+
+
+class Undecided(RuntimeError):  # noqa: N818 - reads as what happened
+    """A strict comparison left something open."""
+
+
 class Diverged(RuntimeError):  # noqa: N818 - a state of a cell, not a fault
     """Training left the finite numbers (NaN or infinite reward, loss or gradient): the cell ends as `diverged`."""
 

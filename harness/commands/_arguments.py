@@ -6,6 +6,8 @@ from pathlib import Path
 
 from harness.errors import UserError
 
+BASELINES = Path("results") / "baselines"
+
 
 def words(text: str) -> list[str]:
     """A comma-separated list; commas inside brackets belong to a name."""

@@ -34,6 +34,7 @@ def collect(grid: Grid, command: str) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),  # which kernels run, and so how they round
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",

@@ -20,6 +20,7 @@ from harness.grid import BASE_CELL, Cell, Grid
 from harness.metrics.drift import root_mean_square
 from harness.mixing import check_mixes, make_mixes
 from harness.provenance import collect
+from harness.tracking.streaming import Streaming, check_trackers
 from harness.variants import missing_variants
 
 
@@ -31,6 +32,11 @@ class Job:
     run_dir: Path
     pending: tuple[Cell, ...]
     workers: int
+
+    @property
+    def ended(self) -> tuple[str, ...]:
+        """Cells that there is nothing to do for."""
+        return tuple(cell.cell for cell in self.grid.cells if cell not in self.pending)
 
 
 def plan(config: RunConfig) -> Job:
@@ -56,15 +62,14 @@ def run_benchmark(
     on_start: Callable[[Job], None] = lambda job: None,
 ) -> Path:
     """Run every missing cell and render the report; see `harness.run`."""
+    check_trackers(config.trackers)
     job = plan(config)
     with store.lock(job.run_dir):
         _write_plan(job, passed or {})
         on_start(job)
-        ends = (
-            run_cells(config, job.run_dir, job.pending, job.workers, _logging(job.run_dir, on_event))
-            if job.pending
-            else {}
-        )
+        with Streaming(job.run_dir, config.trackers, job.ended) as streaming:
+            handle = _logging(job.run_dir, on_event, streaming)
+            ends = run_cells(config, job.run_dir, job.pending, job.workers, handle) if job.pending else {}
         make_mixes(job.grid, job.run_dir, _noting(job.run_dir))
         for cell in job.grid.cells:
             record_drift(job.run_dir, cell.cell, job.grid)
@@ -83,7 +88,9 @@ def run_benchmark(
     return job.run_dir
 
 
-def _logging(run_dir: Path, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+def _logging(
+    run_dir: Path, on_event: Callable[[Event], None], streaming: Streaming
+) -> Callable[[Event], None]:
     def handle(event: Event) -> None:
         if event.kind != "progress":
             line = {"time": store.utc_now(), "event": event.kind, "cell": event.cell, "detail": event.detail}
@@ -93,6 +100,7 @@ def _logging(run_dir: Path, on_event: Callable[[Event], None]) -> Callable[[Even
                 store.write_json(path, {"state": "crashed", "reason": event.detail})
                 if not path.with_name("error.txt").exists():
                     path.with_name("error.txt").write_text(event.detail + "\n", encoding="utf-8")
+        streaming.event(event)
         on_event(event)
 
     return handle

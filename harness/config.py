@@ -238,6 +238,9 @@ class RunConfig(BaseModel):
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     keep_images: Literal["final", "none"] = "final"
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="Where metrics are streamed to, too (docs/trackers.md); JSON lines are always written."
+    )
     timing: bool = Field(True, description="Time each arm alone in a fresh process, for the cost table.")
     timing_repetitions: int = Field(1, ge=1, description="Fresh processes for each arm; the table shows their median.")
 

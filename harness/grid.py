@@ -37,7 +37,7 @@ BASE_CELL = "base"
 # What changes neither a cell nor which cells there are: the directory of a run does not depend on it.
 ADDED_LATER = {
     *("out", "workers", "device", "keep_images", "timing", "timing_repetitions", "variants", "mixes", "findings"),
-    *("evaluation_rewards", "reward_weights", "denoiser"),
+    *("evaluation_rewards", "reward_weights", "denoiser", "trackers"),
 }
 
 
@@ -356,7 +356,7 @@ class Grid:
         parameters = self.model.parameter_count()
         return {
             "schema": SCHEMA,
-            "config": self.config.model_dump(mode="json", exclude={"out", "workers", "device"}),
+            "config": self.config.model_dump(mode="json", exclude={"out", "workers", "device", "trackers"}),
             "passed": json.loads(json.dumps(dict(passed), default=str)),
             "arms": [
                 {

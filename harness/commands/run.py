@@ -41,6 +41,7 @@ def run(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")] = None,
     keep_images: Annotated[str, typer.Option(help="Evaluated pictures: final or none.")] = "",
+    track: Annotated[str, typer.Option(help="Stream metrics to tensorboard, wandb or both (docs/trackers.md).")] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the grid and its cost; run nothing. Fetches weights.")
     ] = False,
@@ -69,6 +70,8 @@ def run(
         from harness.reward_sources import parse_weights
 
         flags["reward_weights"] = parse_weights(reward_weights)
+    if track:
+        flags["trackers"] = words(track)
     if methods:
         flags["methods"] = words(methods)
     if arm:

@@ -10,7 +10,7 @@ import math
 from typing import Literal
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from harness.stats.intervals import NAN, Interval
 
@@ -19,9 +19,9 @@ Design = Literal["independent", "paired"]
 
 def t_power(noncentrality: float, df: float, alpha: float, *, sides: Literal[1, 2] = 2) -> float:
     """Chance that a t test at level ``alpha`` rejects when its statistic has this noncentrality."""
-    critical = stats.t.isf(alpha / sides, df)
-    upper = stats.nct.sf(critical, df, noncentrality)
-    lower = stats.nct.cdf(-critical, df, noncentrality) if sides == 2 else 0.0
+    critical = -special.stdtrit(df, alpha / sides)
+    upper = 1 - special.nctdtr(df, noncentrality, critical)
+    lower = special.nctdtr(df, noncentrality, -critical) if sides == 2 else 0.0
     # The noncentral t of scipy gives NaN far out in the tails, where the probability is 1 or 0.
     far = 1.0 if noncentrality > critical else 0.0
     return float(np.clip(np.nan_to_num(upper, nan=far) + np.nan_to_num(lower, nan=0.0), 0.0, 1.0))
@@ -62,8 +62,13 @@ def minimum_detectable_difference(
     """
     if seeds < 2:
         return NAN
-    df, scale = (2 * seeds - 2, 2 / seeds) if design == "independent" else (seeds - 1, 1 / seeds)
+    df, scale = _design(seeds, design)
     return detectable_noncentrality(df, alpha, power, sides=sides) * math.sqrt(scale)
+
+
+def _design(seeds: int, design: Design) -> tuple[int, float]:
+    """Degrees of freedom, and the variance of the difference in units of that of a seed mean (of a difference)."""
+    return (2 * seeds - 2, 2 / seeds) if design == "independent" else (seeds - 1, 1 / seeds)
 
 
 def seeds_needed(
@@ -82,8 +87,8 @@ def seeds_needed(
     target = abs(difference) / sd
 
     def enough(seeds: int) -> bool:
-        reach = minimum_detectable_difference(seeds, alpha=alpha, power=power, design=design, sides=sides)
-        return reach <= target
+        df, scale = _design(seeds, design)
+        return t_power(target / math.sqrt(scale), df, alpha, sides=sides) >= power
 
     low, high = 1, 2
     while not enough(high):
@@ -96,10 +101,11 @@ def seeds_needed(
     return high if high <= limit else None
 
 
-def pilot_inflation(seeds: int, *, assurance: float = 0.8) -> float:
+def pilot_inflation(seeds: float, *, assurance: float = 0.8) -> float:
     """Factor on the SD of a pilot study so that it reaches the true SD with this probability.
 
-    sqrt((S - 1) / chi2_{1 - assurance}(S - 1)): an SD from 3 seeds is too small more often than not. NaN below 2.
+    sqrt((S - 1) / chi2_{1 - assurance}(S - 1)): an SD from 3 seeds is too small more often than not. NaN below 2. For
+    an SD that several arms or rewards gave together, S is its degrees of freedom plus one.
     """
     if seeds < 2:
         return NAN

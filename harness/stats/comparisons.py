@@ -212,7 +212,8 @@ def _sums(statistics: Sequence[Array]) -> Array:
 
 def _count_beyond(first: Array, second: Array, distance: float) -> int:
     """How many pairs have |x + y| >= distance."""
-    ordered, others = (np.sort(first), second) if len(first) <= len(second) else (np.sort(second), first)
+    # Both are sorted: neighbouring needles are found in neighbouring places, which is several times faster.
+    ordered, others = sorted((np.sort(first), np.sort(second)), key=len)
     above = len(ordered) * len(others) - int(np.searchsorted(ordered, distance - others, side="left").sum())
     below = int(np.searchsorted(ordered, -distance - others, side="right").sum())
     return above + below

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special, stats
 
 from harness.stats.seed_means import Array, is_constant, present, strata
 
@@ -56,8 +56,8 @@ class Interval:
             return NAN
         t = (self.estimate - null) / self.standard_error
         if alternative == "two-sided":
-            return float(2 * stats.t.sf(abs(t), self.df))
-        return float(stats.t.sf(t if alternative == "greater" else -t, self.df))
+            return float(2 * special.stdtr(self.df, -abs(t)))
+        return float(special.stdtr(self.df, -t if alternative == "greater" else t))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def t_interval(estimate: float, parts: Sequence[Part], *, n: int, level: float =
     # Scaled before squaring: the squares of tiny variances would underflow.
     df = 1 / sum((part.variance / variance) ** 2 / part.df for part in parts)
     error = math.sqrt(variance)
-    reach = float(stats.t.ppf((1 + level) / 2, df)) * error
+    reach = float(special.stdtrit(df, (1 + level) / 2)) * error
     if n == 2:
         note = join("n=2: very wide interval", note)
     return Interval(estimate, estimate - reach, estimate + reach, level, n, error, df, note)

@@ -94,6 +94,7 @@ def _logging(
     def handle(event: Event) -> None:
         if event.kind != "progress":
             line = {"time": store.utc_now(), "event": event.kind, "cell": event.cell, "detail": event.detail}
+            line |= event.numbers
             store.append_line(run_dir / "log.jsonl", line)
             if event.kind == "crashed":
                 path = run_dir / "cells" / event.cell / "status.json"
@@ -211,7 +212,7 @@ def record_drift(run_dir: Path, cell: str, grid: Grid) -> None:
     if cell == BASE_CELL or not all(path.exists() for path in paths):
         return
     metrics = pd.read_parquet(directory / "metrics.parquet")
-    if (metrics["metric"] == "drift_latent_rms").any():
+    if ((metrics["metric"] == "drift_latent_rms") & (metrics["point"] == "final")).any():
         return
     # Latents are stored in the order of the evaluation; scores need not be, since a reward may not apply to a prompt.
     prompts = [p.id for part in grid.evaluated.values() for p in part for _ in range(grid.config.evaluation.latents)]

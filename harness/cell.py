@@ -15,11 +15,15 @@ import torch
 from harness import store
 from harness.api import CostRange, Diverged, Generation, Prompt, Randomness, Request, TrainedFineTuner
 from harness.assembly import assemble, iteration_cost, planned_cost
-from harness.early_stopping import EarlyStopping
+from harness.base_reference import curve_places
+from harness.curve import CurveRecords, Warn
+from harness.early_stopping import DIRECTORY, EarlyStopping
 from harness.grid import BASE_CELL, Cell
 from harness.metering import Meter, Tally
+from harness.picture_metrics import appearance_rows
 from harness.probe_points import END, MIDDLE, START, ProbePoints
 from harness.records import (
+    final_rows,
     peak_memory_mib,
     score_rows,
     write_final,
@@ -38,6 +42,7 @@ from harness.variants import (
     settings_of,
     variant_rows,
 )
+from harness.watching import END as CURVE_END
 from harness.workshop import Progress, Workshop
 
 CHECKPOINT_SECONDS = 15.0
@@ -63,8 +68,17 @@ def request_stream(prompts: Sequence[Prompt], shape: Sequence[int], seed: int, s
         n += 1
 
 
-def run_cell(workshop: Workshop, cell: Cell, run_dir: Path, progress: Progress) -> str:
+def run_cell(
+    workshop: Workshop, cell: Cell, run_dir: Path, progress: Progress, warn: Warn = lambda warning: None
+) -> str:
     """Bring one cell to its end.
+
+    Args:
+        workshop: Of this process.
+        cell: The cell.
+        run_dir: Of the run.
+        progress: Told how far it is.
+        warn: Told of over-optimisation as it is seen.
 
     Returns:
         `completed` or `diverged`.
@@ -81,13 +95,13 @@ def run_cell(workshop: Workshop, cell: Cell, run_dir: Path, progress: Progress) 
         return run_base(workshop, cell, directory, progress)
     if workshop.grid.arms[cell.arm].inference:
         return run_inference(workshop, cell, directory, progress)
-    return CellRun(workshop, cell, directory, progress).run()
+    return CellRun(workshop, cell, directory, progress, warn).run()
 
 
 class CellRun:
     """One attempt at a trained cell."""
 
-    def __init__(self, workshop: Workshop, cell: Cell, directory: Path, progress: Progress) -> None:
+    def __init__(self, workshop: Workshop, cell: Cell, directory: Path, progress: Progress, warn: Warn) -> None:
         self.workshop, self.cell, self.directory, self.progress = workshop, cell, directory, progress
         grid = workshop.grid
         self.arm, self.config = grid.arms[cell.arm], grid.config
@@ -99,6 +113,7 @@ class CellRun:
         assert isinstance(tuner, TrainedFineTuner)
         self.tuner, self.tally = tuner, Tally(self.meter)
         self.points = sorted(p for p in self.config.budget.curve_points if p < self.config.budget.amount)
+        self.curve = CurveRecords(workshop, directory, self._identity(), self.points, warn)
         self.probes = ProbePoints(workshop, cell, directory)
         self.variants: dict[str, dict[str, Any]] = {}
         self.early_stopping = (
@@ -129,10 +144,11 @@ class CellRun:
             "training",
             self.generation,
             self.variants,
+            self.early_stopping.kept if self.early_stopping else None,
         )
         (self.directory / "checkpoint.pt").unlink(missing_ok=True)
-        for name in ("points", "probes"):
-            shutil.rmtree(self.directory / name, ignore_errors=True)
+        self.curve.remove()
+        shutil.rmtree(self.directory / "probes", ignore_errors=True)
         return self.state
 
     # ---------------------------------------------------------------- training
@@ -263,18 +279,20 @@ class CellRun:
     def _evaluate_point_if_due(self) -> None:
         """Evaluate at the first iteration that reaches a point of the grid; once, also across interruptions."""
         due = [p for p in self.points if p <= self._used() + 1e-9]
-        if not due or (path := self.directory / "points" / f"{due[-1]:g}.parquet").exists():
+        if not due or self.curve.has(point := f"{due[-1]:g}"):
             return
         clock = time.perf_counter()
         evaluator = self.workshop.evaluator
         evaluated = evaluator.curve_requests()
-        pictures, _ = evaluator.pictures(self._generate, [e.request for e in evaluated])
-        rows = score_rows(self._identity(), self._position(), f"{due[-1]:g}", evaluator.score(pictures, evaluated))
-        self._consider_stopping(f"{due[-1]:g}")
+        pictures, latents = evaluator.pictures(self._generate, [e.request for e in evaluated])
+        rows = score_rows(self._identity(), self._position(), point, evaluator.score(pictures, evaluated))
+        self.curve.measure(point, pictures, latents)
+        self.curve.watch(point, rows)
+        self._consider_stopping(point)
         self.spent.evaluate_seconds += time.perf_counter() - clock
         # In this order: a point that is there is in the checkpoint, too, with what early stopping made of it.
         self._save_checkpoint()
-        store.write_parquet(path, rows, store.SCORE_COLUMNS)
+        self.curve.complete(point, rows)
 
     def _evaluate_end(self) -> None:
         clock = time.perf_counter()
@@ -291,14 +309,17 @@ class CellRun:
         keep = self.workshop.keep_images
         self.workshop.model.save_adapter(self.directory / "adapter")
         save_parameters(adapter_path(self.directory), self._adapter_state())
-        diversity = evaluator.diversity(self._generate)
+        metrics = [*evaluator.diversity(self._generate), *appearance_rows(pictures, evaluated)]
+        shared = curve_places(evaluator)
+        self.curve.measure(CURVE_END, pictures[shared], latents[shared])
         self.probes.take(END, self._identity())
         self.probes.collect()
         rows = self._variant_rows()
         write_final(
             evaluator, self.directory, self._identity(), position, evaluated, pictures, latents, rows, keep_images=keep
         )
-        write_metrics(self.directory, self._identity(), diversity)
+        write_metrics(self.directory, self._identity(), metrics, self.curve.metric_rows())
+        self.curve.watch(CURVE_END, final_rows(self.directory))
         self.spent.evaluate_seconds += time.perf_counter() - clock
         self._report("evaluate", "done", 1.0)
 
@@ -324,6 +345,7 @@ class CellRun:
             best = self.early_stopping.best
             save_parameters(adapter_path(self.directory, EARLY_STOPPING), best["adapter"])
             set_parameters(model, best["adapter"])
+            model.save_adapter(self.directory / DIRECTORY)
             self.variants[EARLY_STOPPING] = {}
             rows += variant_rows(evaluator, model, EARLY_STOPPING, {}, self._identity(), best["position"])
             rows += self.early_stopping.rows

@@ -12,12 +12,30 @@ from typing import Any
 
 import torch
 
-from harness.api import Prompt
+from harness.api import Prompt, UserError
 from harness.config import EarlyStoppingConfig
 from harness.evaluation import Evaluated, Evaluator, noise_bank
 from harness.grid import parse_reward
 from harness.metering import Generate
 from harness.records import score_rows
+
+DIRECTORY = "adapter-best"  # of a cell, for diffusers' load_lora_weights
+
+
+def refuse_trained(reward: str, trained: Sequence[str]) -> None:
+    """Refuse to keep the best checkpoint by what is trained on: its best is the last one, however over-optimised.
+
+    Raises:
+        UserError: The judge and a training reward share a component.
+    """
+    names = {name for expression in trained for _, name in parse_reward(expression)}
+    for _, name in parse_reward(reward):
+        if name in names:
+            raise UserError(
+                f"--keep-best {name}: that is trained on, so that over-optimisation looks like progress to it; "
+                "take a held-out reward or a gold metric (`python -m harness list rewards`); who means it sets "
+                "early_stopping.reward"
+            )
 
 
 class EarlyStopping:
@@ -30,7 +48,7 @@ class EarlyStopping:
     """
 
     def __init__(self, evaluator: Evaluator, config: EarlyStoppingConfig, prompts: Sequence[Prompt]) -> None:
-        self._evaluator = evaluator
+        self._evaluator, self._reward = evaluator, config.reward
         self._terms = parse_reward(config.reward)
         self._evaluated = [
             Evaluated("validation", noise_bank(evaluator.model, prompt, noise_id))
@@ -63,6 +81,12 @@ class EarlyStopping:
         pictures, _ = self._evaluator.pictures(generate, [e.request for e in self._evaluated])
         names = list(dict.fromkeys(name for _, name in self._terms))
         scores = self._evaluator.score(pictures, self._evaluated, names)
+        for name in names:
+            if not any(score.reward == name for score in scores):
+                raise UserError(
+                    f"{name} applies to none of the {len(self._evaluated)} validation pictures that early stopping "
+                    "judges; judge by another reward, or by more prompts (--set early_stopping.prompts=32)"
+                )
         self._queries += len(scores)
         self._rows += score_rows(identity, position, point, scores)
         means = {name: [s.score for s in scores if s.reward == name] for name in names}
@@ -70,6 +94,13 @@ class EarlyStopping:
         if not self.best or value > self.best["value"]:
             queries = position["queries"] + self._queries
             self.best = {"value": value, "adapter": dict(adapter), "position": {**position, "queries": queries}}
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """Which point is the best so far, for status.json."""
+        iteration = self.best["position"]["iteration"]
+        point = next(str(row["point"]) for row in self._rows if row["iteration"] == iteration)
+        return {"reward": self._reward, "point": point, "value": self.best["value"], "adapter": DIRECTORY}
 
     @property
     def rows(self) -> list[dict[str, Any]]:

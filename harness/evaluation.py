@@ -187,17 +187,18 @@ class Evaluator:
         return rows
 
 
-def picture_path(directory: Path, prompt_id: str, noise_id: int) -> Path:
-    """Where a final picture is stored below a cell's directory."""
-    return directory / "images" / "final" / f"{prompt_id}--{noise_id}.png"
+def picture_path(directory: Path, prompt_id: str, noise_id: int, point: str = "final") -> Path:
+    """Where a picture of the end, or of a point of the curve, is stored below a cell's directory."""
+    return directory / "images" / point / f"{prompt_id}--{noise_id}.png"
 
 
-def save_pictures(directory: Path, pictures: Pictures, evaluated: Sequence[Evaluated]) -> None:
+def save_pictures(directory: Path, pictures: Pictures, evaluated: Sequence[Evaluated], point: str = "final") -> None:
     """One PNG per picture."""
     for pixels, item in zip(pictures, evaluated, strict=True):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        store.write_bytes(picture_path(directory, item.request.prompt.id, item.request.noise_id), buffer.getvalue())
+        path = picture_path(directory, item.request.prompt.id, item.request.noise_id, point)
+        store.write_bytes(path, buffer.getvalue())
 
 
 def load_pictures(directory: Path, evaluated: Sequence[Evaluated]) -> Pictures:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -61,6 +62,9 @@ class Display:
 
     def event(self, event: Event) -> None:
         """Show one event."""
+        if event.kind == "warning":
+            self._say(f"WARNING {event.cell}: {event.detail}")
+            return
         now = time.monotonic()
         if event.cell not in self._started:
             self._started[event.cell] = now
@@ -74,7 +78,7 @@ class Display:
         overall = _remaining(now - self._begin, done / max(1, self._total))
         if self._all is not None:
             self._progress.update(self._all, completed=done, left=overall)
-        if event.kind != "progress":
+        if event.ends:
             self._progress.remove_task(task)
             seconds = now - self._started[event.cell]
             finished = sum(1 for value in self._fractions.values() if value >= 1.0)
@@ -98,18 +102,42 @@ def _remaining(elapsed: float, fraction: float) -> str:
     return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
 
 
+def _warnings(log: Path) -> dict[str, list[str]]:
+    """The over-optimisation that was seen in each cell, the first point of each witness."""
+    found: dict[str, dict[str, str]] = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        event = _object(line)
+        if event.get("event") == "warning":  # again where a point was evaluated again, after an interruption
+            found.setdefault(event["cell"], {}).setdefault(event["witness"], event["detail"])
+    return {cell: list(by_witness.values()) for cell, by_witness in found.items()}
+
+
+def _object(line: str) -> dict[str, Any]:
+    """A line of the log; nothing where the process was killed in writing it."""
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return {}
+    return found
+
+
 def status_lines(directory: Path) -> Iterator[str]:
     """A line per cell of a run: its state, iterations and reason."""
     cells = [cell["cell"] for cell in store.read_json(directory / "run.json")["cells"]]
     states = {cell: store.read_json(directory / "cells" / cell / "status.json") for cell in cells}
     width = max(len(cell) for cell in cells)
+    warned = _warnings(directory / "log.jsonl")
     for cell, status in states.items():
         updates = directory / "cells" / cell / "updates.jsonl"
         begun = len(updates.read_bytes().splitlines()) if updates.exists() else 0
         state = status.get("state") or ("started" if begun else "waiting")
         reason = f"  {status['reason']}" if status.get("reason") else ""
+        kept = status.get("kept")
+        reason += f"  best by {kept['reward']}: point {kept['point']}, in {kept['adapter']}/" if kept else ""
         untrained = status.get("kind") in ("base", "inference", "given")
         done = f"{'':>5} no training" if untrained else f"{status.get('iterations', begun):>5} iterations"
         yield f"{cell:<{width}}  {state:<9}  {done}{reason}"
+        for warning in warned.get(cell, []):
+            yield f"{'':<{width}}  WARNING: {warning}"
     ended = sum(1 for status in states.values() if status.get("state") in ("completed", "diverged"))
     yield f"{ended} of {len(cells)} cells done"

@@ -75,10 +75,18 @@ def write_final(
     store.write_parquet(directory / "scores.parquet", [*rows, *other_variants], store.SCORE_COLUMNS)
 
 
-def write_metrics(directory: Path, identity: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write metrics.parquet."""
+def final_rows(directory: Path) -> list[dict[Any, Any]]:
+    """A cell's scores at its end, by its whole adapter with the run's sampler."""
+    scores = pd.read_parquet(directory / "scores.parquet")
+    return scores[(scores["point"] == "final") & (scores["variant"] == "default")].to_dict("records")
+
+
+def write_metrics(
+    directory: Path, identity: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[Any, Any]]
+) -> None:
+    """Write metrics.parquet: rows of the end, and full rows of points of the curve."""
     full = [{**identity, "variant": "default", "point": "final", **row} for row in rows]
-    store.write_parquet(directory / "metrics.parquet", full, store.METRIC_COLUMNS)
+    store.write_parquet(directory / "metrics.parquet", [*curve, *full], store.METRIC_COLUMNS)
 
 
 def write_status(
@@ -94,6 +102,7 @@ def write_status(
     kind: str,
     generation_cost: Mapping[str, float],
     variants: Mapping[str, Mapping[str, Any]] | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> None:
     """Write status.json, which says that the cell has ended; the last file of a cell."""
     store.write_json(
@@ -111,6 +120,7 @@ def write_status(
             "evaluation_hash": cell.evaluation_hash,
             "evaluation_rewards": evaluator.versions,
             "variants": {label: dict(settings) for label, settings in (variants or {}).items()},
+            **({"kept": dict(kept)} if kept else {}),
             "started": started,
             "finished": store.utc_now(),
         },

@@ -18,12 +18,15 @@ from torch import Tensor
 from harness import store
 from harness.api import Cost, Diverged, Generation, Request
 from harness.assembly import assemble
+from harness.base_reference import curve_places
 from harness.evaluation import Evaluated, Pictures
 from harness.given import GivenPictures
 from harness.grid import BASE_CELL, Cell
 from harness.metering import Generate, Meter, MeteredModel, Tally
+from harness.picture_metrics import appearance_rows, curve_rows
 from harness.records import write_final, write_metrics, write_status
 from harness.sampling import generate
+from harness.watching import START
 from harness.workshop import Progress, Workshop
 
 
@@ -115,7 +118,8 @@ class _Untrained:
         store.write_json(directory / "identity.json", self.workshop.grid.identity(self.cell))
         keep = self.workshop.keep_images or latents is None
         write_final(evaluator, directory, self.identity, {}, evaluated, pictures, latents, keep_images=keep)
-        write_metrics(directory, self.identity, diversity)
+        curve = self._on_the_curve(pictures, latents) if self.kind == "base" and latents is not None else []
+        write_metrics(directory, self.identity, [*diversity, *appearance_rows(pictures, evaluated)], curve)
         seconds = {"train": 0.0, "evaluate": time.perf_counter() - self.clock}
         write_status(
             directory,
@@ -131,3 +135,9 @@ class _Untrained:
             generation or {},
         )
         return state
+
+    def _on_the_curve(self, pictures: Pictures, latents: NDArray[np.float32]) -> list[dict[str, Any]]:
+        """Full rows of the base model's metrics on the pictures of every cell's curve."""
+        places = curve_places(self.workshop.evaluator)
+        rows = curve_rows(self.workshop.evaluator, pictures[places], latents[places], None)
+        return [{**self.identity, "variant": "default", "point": START, **row} for row in rows]

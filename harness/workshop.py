@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from harness.api import Generation, Reward
 from harness.assembly import Declared
+from harness.base_reference import BaseReference, base_reference
 from harness.evaluation import Evaluator
 from harness.grid import Grid
 from harness.registry import load_embedding
@@ -32,6 +34,13 @@ class Workshop:
             grid.config.evaluation,
             Generation(grid.config.sampler),
         )
+        self._base: dict[Path, BaseReference] = {}
+
+    def base_reference(self, cells: Path) -> BaseReference:
+        """The base model on the pictures of curves, for the run whose cells are in this directory; made once."""
+        if cells not in self._base:
+            self._base[cells] = base_reference(self.evaluator, cells)
+        return self._base[cells]
 
 
 def _training_rewards(grid: Grid) -> dict[str, Reward]:

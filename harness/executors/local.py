@@ -6,9 +6,9 @@ import multiprocessing as mp
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -35,13 +35,23 @@ WORKER_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Event:
-    """What a worker says about a cell: `progress`, `finished` (detail is the state) or `crashed` (detail: why)."""
+    """What a worker says about a cell.
+
+    `progress`, `warning` (of over-optimisation, with its numbers), `finished` (detail is the state) or `crashed`
+    (detail: why); the last two end it.
+    """
 
     kind: str
     cell: str
     phase: str = ""
     fraction: float = 0.0
     detail: str = ""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ends(self) -> bool:
+        """Whether the cell has ended with it."""
+        return self.kind in ("finished", "crashed")
 
 
 class _Worker:
@@ -93,7 +103,7 @@ def run_cells(
                         place = pool.index(worker)
                         pool[place] = worker = _Worker(config, run_dir, devices[place])
                 on_event(event)
-                if event.kind != "progress":
+                if event.ends:
                     ends[event.cell] = "crashed" if event.kind == "crashed" else event.detail
                     worker.cell = None
                     if waiting:
@@ -181,7 +191,11 @@ def serve(connection: Connection, config: RunConfig, run_dir: Path) -> None:
             def report(phase: str, fraction: float, detail: str, name: str = cell.cell) -> None:
                 connection.send(Event("progress", name, phase, fraction, detail))
 
-            connection.send(Event("finished", cell.cell, detail=run_cell(workshop, cell, run_dir, report)))
+            def warn(warning: Mapping[str, Any], name: str = cell.cell) -> None:
+                numbers = {key: value for key, value in warning.items() if key != "detail"}
+                connection.send(Event("warning", name, detail=str(warning["detail"]), numbers=numbers))
+
+            connection.send(Event("finished", cell.cell, detail=run_cell(workshop, cell, run_dir, report, warn)))
         except Exception as error:
             # A fault of one cell must not stop the others; its traceback goes to the cell's own log.
             directory = run_dir / "cells" / cell.cell

@@ -69,7 +69,7 @@ class Inline:
     def send(self, event: Event) -> None:
         """Pass an event on, and remember how a cell ended."""
         self.on_event(event)
-        if event.kind != "progress":
+        if event.ends:
             self.ends[event.cell] = "crashed" if event.kind == "crashed" else event.detail
 
 
@@ -107,7 +107,7 @@ class Bench:
         return benchmark.run_benchmark(resolve(passed), passed, self._note)
 
     def _note(self, event: Event) -> None:
-        if event.kind != "progress":
+        if event.ends:
             self.ran.append(event.cell)
 
 

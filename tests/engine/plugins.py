@@ -69,6 +69,40 @@ class Brightness(Reward):
         return True
 
 
+class Dimness(Reward):
+    """Minus the mean pixel: judges what is trained on brightness."""
+
+    name, version, differentiable, role, unit = "dimness", "1", True, "held-out", "pixels"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,)."""
+        return -images_BCHW.float().flatten(1).mean(1)
+
+    def applies(self, prompt: Prompt) -> bool:
+        """To all."""
+        return True
+
+
+class Never(Reward):
+    """A gold metric that applies to no prompt."""
+
+    name, version, differentiable, role, unit = "never", "1", True, "gold", "pixels"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Never asked."""
+        raise AssertionError
+
+    def applies(self, prompt: Prompt) -> bool:
+        """To none."""
+        return False
+
+
 class Fragile(Reward):
     """The first pixel; training fails while a file `broken` is beside this one."""
 

@@ -32,6 +32,9 @@ def run(
     lora_scale: Annotated[str, typer.Option(help="Evaluate trained adapters at these strengths, too: 0.5,0.75.")] = "",
     lora_steps: Annotated[str, typer.Option(help="... and acting in the last steps only: 3,5.")] = "",
     eval_latents: Annotated[int, typer.Option(help="Pictures per evaluation prompt.", min=0)] = 0,
+    keep_best: Annotated[
+        str, typer.Option(help="Store the checkpoint that is best by this held-out reward on validation prompts, too.")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Directory of the run; default: results/<preset>-<hash>.")] = None,
     workers: Annotated[int, typer.Option(help="Processes; default: one per core or GPU.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "",
@@ -86,10 +89,16 @@ def run(
         flags["evaluation"] = {"latents": eval_latents}
     if lora_scale or lora_steps:
         flags["variants"] = parse_variants(lora_scale, lora_steps)
+    if keep_best:
+        flags["early_stopping"] = {"reward": keep_best}
     if out:
         flags["out"] = str(out)
     passed = merge(merge(passed, flags), parse_set(set_ or []))
     resolved = resolve(passed)
+    if keep_best:
+        from harness.early_stopping import refuse_trained
+
+        refuse_trained(keep_best, resolved.rewards)
 
     from harness.benchmark import plan, run_benchmark
 
@@ -102,4 +111,6 @@ def run(
 
     with Display() as display:
         directory = run_benchmark(resolved, passed, display.event, display.start)
+    if resolved.early_stopping and any((directory / "cells").glob("*/adapter-best")):
+        typer.echo(f"\nBest by {resolved.early_stopping.reward}: {directory}/cells/<cell>/adapter-best")
     typer.echo(f"\nReport: {directory / 'report' / 'report.md'}")

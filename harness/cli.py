@@ -13,6 +13,7 @@ from harness.commands.compare import compare
 from harness.commands.evaluate import evaluate
 from harness.commands.list import list_
 from harness.commands.mix import mix
+from harness.commands.plan import plan
 from harness.commands.report import report
 from harness.commands.run import run
 from harness.commands.score import score
@@ -30,7 +31,7 @@ app = typer.Typer(
     "latents, and writes results/<run>/report/report.md. The same command resumes an interrupted run.",
 )
 
-for _command in (run, report, evaluate, score, mix, compare, status, check):
+for _command in (run, report, evaluate, score, mix, compare, status, check, plan):
     app.command()(_command)
 app.command("list")(list_)
 app.add_typer(baseline, name="baseline")

@@ -12,7 +12,8 @@ latent; generation has no further noise). A mean over all three axes then varies
     unseen prompts:  ... + sb^2 / P + sl^2 / (P K)                           prompts are drawn, with their latents
 
 Components are estimated from mean squares (method of moments), each unbiased on its own and possibly negative where
-it is small; what is predicted from them takes negative ones as 0. In gains over the base model, whose score of each
+it is small. Predictions take negative ones as 0 and let their neighbours bear it, so that the design which they come
+from is predicted as it was observed. In gains over the base model, whose score of each
 (prompt, latent) is a constant, b and l are those of the gain, and a, c, e are as in the scores. In a difference of
 arms, b and l are those of the difference: what both arms share cancels.
 
@@ -29,8 +30,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from harness.stats.intervals import NAN, Interval, Part, join, t_interval
-from harness.stats.power import detectable_difference
+from harness.stats.power import detectable_difference, t_power
 from harness.stats.seed_means import Array, SeedScores
+
+POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,22 @@ class Components:
 
     def seed_variance(self, prompts: int, latents: int) -> float:
         """Variance of one seed's mean over this many prompts and latents, for prompts that stay the same."""
-        return max(self.seed, 0.0) + self.interaction(latents) / prompts
+        return self._kept[0] + self.interaction(latents) / prompts
 
     def interaction(self, latents: int) -> float:
         """Variance of a seed's mean for one prompt beyond what the seed has in all: sc^2 + se^2 / K."""
-        if self.latents == 1:
-            return max(self.seed_prompt, 0.0) if latents == 1 else NAN
-        return max(self.seed_prompt, 0.0) + max(self.residual, 0.0) / latents
+        _, both, rest = self._kept
+        return _per_prompt(both, rest, self.latents, latents)
+
+    @property
+    def _kept(self) -> tuple[float, float, float]:
+        """Components of seed, of seed and prompt, and the rest, none negative; seed means vary as observed."""
+        inner = self.seed_prompt + self.residual / self.latents
+        both, rest = _not_negative(self.seed_prompt, self.residual, self.latents)
+        if not self.seed < 0:
+            return self.seed, both, rest
+        factor = max(1 + self.seed * self.prompts / inner, 0.0) if inner > 0 else 0.0
+        return 0.0, both * factor, rest * factor
 
 
 @dataclass(frozen=True)
@@ -112,9 +124,7 @@ class Contrast:
 
     def prompt_variance(self, latents: int) -> float:
         """Variance of the sum for one prompt drawn at random, its latents included: sb^2 + sl^2 / K."""
-        if self.latents == 1:
-            return max(self.prompt, 0.0) if latents == 1 else NAN
-        return max(self.prompt, 0.0) + max(self.latent, 0.0) / latents
+        return _per_prompt(*_not_negative(self.prompt, self.latent, self.latents), self.latents, latents)
 
     def expected(self, seeds: int, prompts: int, latents: int, *, unseen: bool) -> Interval:
         """The interval around 0 that a design is expected to give; undefined below two seeds."""
@@ -125,7 +135,7 @@ class Contrast:
 
     def detectable(self, seeds: int, prompts: int, latents: int, *, unseen: bool, alpha: float = 0.05) -> float:
         """Smallest difference that a design finds with 80 % power; NaN where that is undefined."""
-        return detectable_difference(self.expected(seeds, prompts, latents, unseen=unseen), alpha=alpha)
+        return detectable_difference(self.expected(seeds, prompts, latents, unseen=unseen), alpha=alpha, power=POWER)
 
     def seeds_needed(
         self, difference: float, prompts: int, latents: int, *, unseen: bool, alpha: float = 0.05, limit: int = 10_000
@@ -133,7 +143,8 @@ class Contrast:
         """Fewest seeds per arm that find a difference with 80 % power; None above the limit, or if it is undefined."""
 
         def enough(seeds: int) -> bool:
-            return self.detectable(seeds, prompts, latents, unseen=unseen, alpha=alpha) <= difference
+            found = self.expected(seeds, prompts, latents, unseen=unseen)
+            return t_power(difference / found.standard_error, found.df, alpha) >= POWER
 
         low, high = 1, 2
         while not enough(high):
@@ -239,3 +250,18 @@ def _components(table: Array, note: str) -> Components:
         latents=k,
         note=note,
     )
+
+
+def _not_negative(outer: float, inner: float, latents: int) -> tuple[float, float]:
+    """Two nested components without a negative one, outer + inner / K as before where that is not negative itself."""
+    total = max(outer + inner / latents, 0.0) if latents else NAN
+    if outer < 0:
+        return 0.0, total * latents
+    return (total, 0.0) if inner < 0 else (outer, inner)
+
+
+def _per_prompt(outer: float, inner: float, estimated: int, latents: int) -> float:
+    """Outer + inner / K; with one latent both are in the outer one, and nothing is known for other K."""
+    if estimated == 1:
+        return outer if latents == 1 else NAN
+    return outer + inner / latents

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from harness.stats.comparisons import welch
 from harness.stats.intervals import crossed, crossed_difference, seed_t
 from harness.stats.power import minimum_detectable_difference, seeds_needed
 from harness.stats.seed_means import Array, SeedScores
@@ -165,12 +166,28 @@ def test_inflation_scales_what_belongs_to_seeds() -> None:
 
 
 def test_negative_estimates_count_as_zero_in_predictions() -> None:
-    """They are kept as they are found, and predict no negative variance."""
-    side = Components(-0.5, -0.1, -0.1, -0.1, 0.8, 5, 10, 2)
-    assert side.seed_variance(10, 2) == pytest.approx(0.8 / 20)
-    assert side.seed_variance(20, 4) == pytest.approx(0.8 / 80)
-    pair = Contrast((side,), (1.0,), -0.1, 0.2)
-    assert pair.prompt_variance(4) == pytest.approx(0.05)
+    """They are kept as they are found; predictions have no negative part, and the design's own variance is kept."""
+    side = Components(-0.02, -0.1, -0.1, -0.1, 0.8, 5, 10, 2)
+    assert side.seed_variance(10, 2) == pytest.approx(-0.02 - 0.01 + 0.04)
+    assert side.seed_variance(20, 4) == pytest.approx(0.01 / 4)
+    assert Components(-0.5, 0, 0, 0.1, 0.1, 5, 10, 2).seed_variance(20, 4) == 0.0
+    for prompt, latent, own, other in [(-0.1, 0.6, 0.2, 0.1), (0.3, -0.2, 0.2, 0.2), (-0.1, 0.1, 0.0, 0.0)]:
+        pair = Contrast((side,), (1.0,), prompt, latent)
+        assert pair.prompt_variance(2) == pytest.approx(own)
+        assert pair.prompt_variance(4) == pytest.approx(other)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_design_itself_is_predicted_whatever_is_negative(seed: int) -> None:
+    """Small tables without an effect of seeds, where negative estimates are common."""
+    rng = np.random.default_rng(seed)
+    a, b = (simulate(rng, 4, 6, 2, seed=0.0, seed_prompt=0.0) for _ in range(2))
+    pair = contrast([scores(a), scores(b)], [1.0, -1.0])
+    for unseen, cells in ((False, None), (True, (a.mean(axis=2), b.mean(axis=2)))):
+        predicted = pair.expected(4, 6, 2, unseen=unseen)
+        observed = crossed_difference(*cells) if cells else welch(a.mean(axis=(1, 2)), b.mean(axis=(1, 2))).interval
+        assert predicted.standard_error == pytest.approx(observed.standard_error)
+        assert predicted.df == pytest.approx(observed.df, rel=0.3 if unseen else 1e-9)
 
 
 def test_missing_pictures_and_seeds_are_left_out_and_said() -> None:

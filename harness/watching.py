@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from harness.stats.seed_means import Array
 from harness.stats.watch import Fall, Watch, watch
@@ -68,7 +69,8 @@ class CellWatch:
         points: Those compared, the base model first.
         warnings: By point and witness; one that stays down is there at every point.
         result: Of the statistics.
-        unrecorded: Witnesses that the run has and that were not recorded along this cell's training.
+        unrecorded: Witnesses that were not recorded at every point. A metric that applies to no prompt is none, and
+            nor is diversity where each prompt has one picture along training.
     """
 
     points: tuple[str, ...]
@@ -128,44 +130,73 @@ def watch_cell(
         training_reward: Its name.
         terms: Its components with their weights.
         roles: Of all evaluation rewards.
-        latents: Pictures per prompt at curve points.
+        latents: Pictures per prompt at curve points; others are left out.
         looks: Points planned, the end included.
     """
-    mine = scores.assign(point=scores["point"].replace({FINAL: END}))
-    every = pd.concat([base_scores.assign(point=START), mine])
-    every = every[every["noise_id"] < latents]
-    points = _ordered({START, *mine["point"]})
-    by_reward = {str(name): rows for name, rows in every.groupby("reward", sort=True)}
-    tables = {name: _by_prompt(by_reward[name], points) for name in by_reward}
-    measured = pd.concat([base_metrics.assign(point=START), metrics[metrics["point"] != FINAL]])
-    distances = measured[measured["metric"] == DIVERSITY]
-    tables[DIVERSITY] = distances.pivot_table(index="point", columns="prompt_id", values="value").reindex(points)
-    wanted = witnesses_of(terms, roles)
-    prompts = sorted({str(p) for p in every["prompt_id"]} | {str(p) for p in distances["prompt_id"]})
-    arrays = {name: _array(tables[name], points, prompts) for name in tables}
+    points = _ordered({START} | {_name(p) for p in scores["point"].unique()})
+    rewards = [name for name in roles if name in terms or name in witnesses_of(terms, roles)]
+    before = {str(p) for p in base_scores["prompt_id"].unique()} | {str(p) for p in base_metrics["prompt_id"].unique()}
+    prompts = sorted(before | {str(p) for p in scores["prompt_id"].unique()})
+    table = np.full((len(rewards), len(points), len(prompts), latents), np.nan)
+    for rows, start in ((base_scores, START), (scores, "")):
+        _fill(table, rows, start, rewards, points, prompts)
+    arrays = dict(zip(rewards, _by_prompt(table), strict=True))
+    distance = np.full((1, len(points), len(prompts), 1), np.nan)
+    for rows, start in ((base_metrics, START), (metrics[metrics["point"] != FINAL], "")):
+        mine = rows[rows["metric"] == DIVERSITY].rename(columns={"metric": "reward", "value": "score"})
+        _fill(distance, mine.assign(noise_id=0), start, [DIVERSITY], points, prompts)
+    arrays[DIVERSITY] = distance[0, :, :, 0]
     empty = np.full((len(points), len(prompts)), np.nan)
-    reward = sum((weight * arrays.get(name, empty) for name, weight in terms.items()), np.zeros_like(empty))
-    result = watch(reward, {name: arrays.get(name, empty) for name in wanted}, max(looks, len(points) - 1))
+    reward = np.zeros_like(empty)
+    for name, weight in terms.items():
+        reward = reward + weight * arrays.get(name, empty)
+    wanted = [name for name in witnesses_of(terms, roles) if np.isfinite(arrays[name]).any() or name == DIVERSITY]
+    if latents < 2:
+        wanted.remove(DIVERSITY)
+    result = watch(reward, {name: arrays[name] for name in wanted}, max(looks, len(points) - 1))
     warnings = tuple(
         Warned(training_reward, points[f.point], points[f.since], _mean(arrays[f.witness][0]), f) for f in result.falls
     )
-    along = [name for name in wanted if not np.isfinite(arrays.get(name, empty)).any(axis=1).all()]
+    along = [name for name in wanted if not np.isfinite(arrays[name]).any(axis=1).all()]
     return CellWatch(tuple(points), warnings, result, tuple(along))
 
 
-def _by_prompt(rows: pd.DataFrame, points: list[str]) -> pd.DataFrame:
-    """Mean over latents, (points, prompts); a picture that lacks a point is left out everywhere."""
-    pairs = rows.pivot_table(index=["prompt_id", "noise_id"], columns="point", values="score", dropna=False)
-    complete = pairs.reindex(columns=points).dropna()
-    return complete.groupby(level="prompt_id").mean().T
+def _fill(
+    table: Array, rows: pd.DataFrame, start: str, rewards: list[str], points: list[str], prompts: list[str]
+) -> None:
+    """Put scores in their places (reward, point, prompt, latent); at the point `start` where one is given."""
+    places = [_places(rows["reward"], rewards), _places(rows["point"], points), _places(rows["prompt_id"], prompts)]
+    if start:
+        places[1] = np.full(len(rows), points.index(start))
+    noise = rows["noise_id"].to_numpy(dtype=np.int64)
+    kept = (np.min(places, axis=0) >= 0) & (noise < table.shape[3]) if len(rows) else np.zeros(0, dtype=bool)
+    where = tuple(place[kept] for place in places)
+    table[(*where, noise[kept])] = rows["score"].to_numpy(dtype=np.float64)[kept]
 
 
-def _array(table: pd.DataFrame, points: list[str], prompts: list[str]) -> Array:
-    return table.reindex(index=points, columns=prompts).to_numpy(dtype=np.float64)
+def _places(column: pd.Series, names: list[str]) -> NDArray[np.intp]:
+    """Index of each value among the names; -1 for another."""
+    codes, values = pd.factorize(column)
+    index = {name: k for k, name in enumerate(names)}
+    known = np.array([index.get(_name(value), -1) for value in values], dtype=np.intp)
+    return known[codes] if len(known) else np.zeros(0, dtype=np.intp)
 
 
-def _ordered(points: set[Any]) -> list[str]:
-    return sorted((str(p) for p in points), key=lambda p: float("inf") if p == END else float(p))
+def _name(point: object) -> str:
+    """The end of training is the last point of the curve."""
+    return END if str(point) == FINAL else str(point)
+
+
+def _by_prompt(table: Array) -> Array:
+    """Mean over latents; a picture that lacks a point is left out everywhere."""
+    complete = np.isfinite(table).all(axis=1, keepdims=True)
+    n = complete.sum(axis=3)
+    total = np.where(complete, table, 0.0).sum(axis=3)
+    return np.asarray(np.where(n > 0, total / np.maximum(n, 1), np.nan), dtype=np.float64)
+
+
+def _ordered(points: set[str]) -> list[str]:
+    return sorted(points, key=lambda p: float("inf") if p == END else float(p))
 
 
 def _mean(values: Array) -> float:

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from harness.stats.seed_means import Array
 
 LEVEL = 0.05
-ENUMERATED_PROMPTS = 12  # 4096 sign patterns; for more prompts as many random ones, the same for everybody
+ENUMERATED_PROMPTS = 11  # 2048 sign patterns; for more prompts as many random ones, the same for everybody
 FLIPS = 2**ENUMERATED_PROMPTS
 ROUNDING = 1e-9
 

@@ -258,7 +258,7 @@ class Gains:
     def base_metric(self, name: str) -> float:
         """The base model's mean over prompts of a metric; NaN where it has none."""
         table = self.run.metrics
-        mine = table[(table["arm"] == BASE) & (table["metric"] == name)]
+        mine = table[(table["arm"] == BASE) & (table["metric"] == name) & (table["point"] == FINAL)]
         return float(mine["value"].mean()) if len(mine) else float("nan")
 
     def _rows(self, *key: str) -> pd.DataFrame:

@@ -16,6 +16,11 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in split_outside_brackets(text, ",") if word.strip()]
 
 
+def report_lines(report: Path) -> str:
+    """Where a report is: its text, and the page with the same content."""
+    return f"Report: {report}\nPage:   {report.with_name('report.html')}"
+
+
 def require_run(directory: Path) -> None:
     """Raise UserError where a directory holds no run."""
     if not (directory / "run.json").is_file():

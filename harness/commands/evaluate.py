@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.commands._arguments import require_run, words
+from harness.commands._arguments import report_lines, require_run, words
 
 
 def evaluate(
@@ -68,4 +68,4 @@ def evaluate(
 
     with Display() as display:
         directory = run_benchmark(resolved, passed, display.event, display.start)
-    typer.echo(f"\nReport: {directory / 'report' / 'report.md'}")
+    typer.echo(f"\n{report_lines(directory / 'report' / 'report.md')}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from harness.commands._arguments import require_run
+from harness.commands._arguments import report_lines, require_run
 
 
 def report(
@@ -18,4 +18,4 @@ def report(
     require_run(directory)
     from harness.report.build import build_report
 
-    typer.echo(f"Report: {build_report(directory, out)}")
+    typer.echo(report_lines(build_report(directory, out)))

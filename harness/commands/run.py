@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.commands._arguments import words
+from harness.commands._arguments import report_lines, words
 
 
 def run(
@@ -113,4 +113,4 @@ def run(
         directory = run_benchmark(resolved, passed, display.event, display.start)
     if resolved.early_stopping and any((directory / "cells").glob("*/adapter-best")):
         typer.echo(f"\nBest by {resolved.early_stopping.reward}: {directory}/cells/<cell>/adapter-best")
-    typer.echo(f"\nReport: {directory / 'report' / 'report.md'}")
+    typer.echo(f"\n{report_lines(directory / 'report' / 'report.md')}")

@@ -17,6 +17,7 @@ from harness.report import formatting as f
 from harness.report.analysis import Analysis, analyse
 from harness.report.captions import Drawn
 from harness.report.figures import Figures, draw
+from harness.report.page.write import write_page
 from harness.report.records import load_run
 from harness.report.style import drawing, write_figure
 from harness.report.tables import Table
@@ -26,9 +27,10 @@ REPORT = "report.md"
 
 
 def build_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Write `report.md` with its figures and tables; replaces an older report as a whole.
+    """Write `report.md` and `report.html` with figures and tables; replaces an older report as a whole.
 
-    The same records give the same bytes: no clock, no absolute path, no random number enters.
+    The same records give the same bytes: no clock, no absolute path, no random number enters. `report.html` has the
+    path from the report to the run's pictures, and so depends on where the one lies from the other.
 
     Args:
         run_dir: The run's directory, complete or partial.
@@ -71,8 +73,9 @@ def _write(analysis: Analysis, folder: Path) -> None:
     content = _content(analysis, figures)
     for table in _tables_in(content):
         _csv(table.data, folder / f"{table.name}.csv")
-    text = _environment().get_template("report.md.j2").render(content)
-    (folder / REPORT).write_text(_tidy(text), encoding="utf-8")
+    text = _tidy(_environment().get_template("report.md.j2").render(content))
+    (folder / REPORT).write_text(text, encoding="utf-8")
+    write_page(analysis, text, folder)
 
 
 def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from harness.errors import UserError
 from harness.report.account import cost_row, data_until
@@ -108,13 +108,11 @@ def take(folder: Path, name: str = "") -> Snapshot:
     run = load_run(folder)
     plan, config, provenance = run.plan, run.plan.get("config", {}), run.provenance
     gains = Gains(run)
-    scores = run.scores[run.scores["score"].notna()]
-    held_out = scores[_final(scores) & (scores["split"] == HELD_OUT)]
-    pairs = tuple(sorted({(str(p), int(n)) for p, n in zip(held_out["prompt_id"], held_out["noise_id"], strict=True)}))
+    records = _records(run)
+    pairs = tuple(sorted({pair for record in records.values() for pair in record.finals}))
     counted = [cell for cell in (run.base, *run.cells) if cell.counts]
     rewards = [reward.name for reward in run.rewards if gains.scored(reward.name)]
     keep = len(counted) * len(rewards) * len(pairs) <= SCORES_KEPT
-    by_cell = {str(cell): rows for cell, rows in scores.groupby("cell")}
     return Snapshot(
         name=name or run.name,
         run=run.name,
@@ -142,53 +140,59 @@ def take(folder: Path, name: str = "") -> Snapshot:
         training_rewards=run.training_rewards,
         base_sd={reward: gains.sd(reward) for reward in rewards},
         pairs=pairs,
-        cells=tuple(_trained(run, gains, cell, rewards, by_cell, pairs if keep else None) for cell in counted),
+        cells=tuple(_trained(gains, cell, rewards, records, pairs if keep else None) for cell in counted),
         missing=tuple(cell.name for cell in (run.base, *run.cells) if not cell.counts),
         timing=run.timing,
     )
 
 
-def _final(scores: pd.DataFrame) -> pd.Series:
-    return (scores["variant"] == DEFAULT_VARIANT) & (scores["point"] == FINAL)
+@dataclass
+class _Records:
+    """Of one cell and reward: a line for each record, and final scores by prompt and latent."""
+
+    lines: list[str] = field(default_factory=list)
+    finals: dict[tuple[str, int], float] = field(default_factory=dict)
+
+
+def _records(run: Run) -> dict[tuple[str, str], _Records]:
+    """All scores of a run by cell and reward, in one pass."""
+    found: defaultdict[tuple[str, str], _Records] = defaultdict(_Records)
+    columns = [run.scores[name].astype(object).to_numpy() for name in ("cell", "reward", *RECORD)]
+    for cell, reward, *record in zip(*columns, strict=True):
+        variant, point, split, prompt, noise, *_, score = record
+        mine = found[str(cell), str(reward)]
+        mine.lines.append("\t".join(map(str, record)))
+        if (variant, point, split) == (DEFAULT_VARIANT, FINAL, HELD_OUT) and math.isfinite(score):
+            mine.finals[str(prompt), int(noise)] = float(f"{score:.9g}")  # a float32, for a tier that compares to 1e-6
+    return found
 
 
 def _trained(
-    run: Run,
     gains: Gains,
     cell: Cell,
     rewards: list[str],
-    by_cell: Mapping[str, pd.DataFrame],
+    records: Mapping[tuple[str, str], _Records],
     pairs: tuple[tuple[str, int], ...] | None,
 ) -> Trained:
-    rows = by_cell.get(cell.name, run.scores.iloc[:0])
     scored = {}
     for reward in rewards:
-        mine = rows[rows["reward"] == reward]
         if cell.arm == BASE:
             value = float(next(iter(gains.base_scores(reward, HELD_OUT).means), math.nan))
         else:
             gain = gains.final(cell.arm, cell.reward, reward)
             value = float(gain.values[gain.seeds.index(cell.seed)])
-        scored[reward] = Scored(value, _digest(mine), _by_pair(mine, pairs) if pairs is not None else None)
+        mine = records.get((cell.name, reward), _Records())
+        kept = None if pairs is None else np.array([mine.finals.get(pair, math.nan) for pair in pairs])
+        scored[reward] = Scored(value, _digest(mine.lines), kept)
     known = cost_row(cell)
     every = {**known, "denoiser_rows": cell.status.get("cost", {}).get("denoiser_rows", math.nan)}
     costs = {name: float(str(every[name])) for name in COSTS}
     return Trained(cell.arm, cell.reward, cell.seed, cell.state, scored, costs)
 
 
-def _digest(rows: pd.DataFrame) -> str:
+def _digest(lines: list[str]) -> str:
     """Of the records' content, whatever their order: identity, position in training, and the score to the last bit."""
-    lines = sorted("\t".join(map(str, row)) for row in rows[list(RECORD)].itertuples(index=False, name=None))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _by_pair(rows: pd.DataFrame, pairs: tuple[tuple[str, int], ...]) -> Array:
-    final = rows[_final(rows) & (rows["split"] == HELD_OUT)]
-    found = {
-        (str(p), int(n)): float(f"{s:.9g}")  # a float32, or a tier that compares to 1e-6
-        for p, n, s in zip(final["prompt_id"], final["noise_id"], final["score"], strict=True)
-    }
-    return np.array([found.get(pair, math.nan) for pair in pairs], dtype=np.float64)
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------ files

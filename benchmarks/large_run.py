@@ -81,7 +81,7 @@ class _Rows:
 
     def __init__(self, prompts: dict[str, list[tuple[str, str]]], latents: int, tuned: bool) -> None:
         final = [
-            (str("final"), float(BUDGET) if tuned else 0.0, split, prompt, noise)
+            ("final", float(BUDGET) if tuned else 0.0, split, prompt, noise)
             for split, items in prompts.items()
             for prompt in items
             for noise in range(latents)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Analysis:
     secondary: Mapping[str, tuple[Judgement, ...]]
     matrices: Mapping[str, Generalisation]
 
-    @property
+    @cached_property
     def rewards(self) -> dict[str, RewardInfo]:
         """Evaluation rewards that the base model was scored with, by name, training rewards first."""
         order = ordered_rewards(self.run)

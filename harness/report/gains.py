@@ -12,14 +12,16 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from harness.report.columns import Groups, on_identical_pairs
 from harness.report.records import BASE, DEFAULT_VARIANT, FINAL, HELD_OUT, Cell, Run
 from harness.stats.effects import standardised
 from harness.stats.intervals import Interval, seed_t
 from harness.stats.seed_means import Array, IntentionToTreat, SeedScores, base_sd, intention_to_treat, seed_scores
+from harness.watching import END, START
 
 TRAINING = "training"
 OWN_SAMPLER, OWN_SAMPLER_BASE = "own-sampler", "own-sampler-base"
-PAIR = ["split", "prompt_id", "noise_id", "reward"]
+GROUP = ("variant", "arm", "training_reward", "reward", "split")
 SPENT = ("queries", "denoiser_rows", "train_seconds")
 
 
@@ -100,30 +102,32 @@ class Gains:
     @cached_property
     def _base(self) -> pd.DataFrame:
         scores = self.run.scores
-        return scores[(scores["arm"] == BASE) & (scores["point"] == FINAL)]
+        return scores[(scores["arm"] == BASE) & (scores["point"] == FINAL) & (scores["variant"] == DEFAULT_VARIANT)]
 
     @cached_property
-    def _differences(self) -> Mapping[tuple[str, ...], pd.DataFrame]:
-        """Rows with `gain`, by (variant, arm, training reward, reward, split)."""
+    def _groups(self) -> Groups:
+        """Rows of tuned cells with `base` and `gain` (NaN where the base has no such picture)."""
         scores = self.run.scores
-        tuned = scores[scores["arm"] != BASE].astype({"noise_id": "int64"})
-        lookup = self._base[self._base["variant"] == DEFAULT_VARIANT][[*PAIR, "score"]]
-        lookup = lookup.astype({"noise_id": "int64"}).drop_duplicates(PAIR).rename(columns={"score": "base"})
-        merged = tuned.merge(lookup, on=PAIR, how="inner", validate="many_to_one")
-        merged["gain"] = merged["score"].astype(float) - merged["base"].astype(float)
-        grouped = merged.groupby(["variant", "arm", "training_reward", "reward", "split"], sort=True)
-        return {tuple(str(part) for part in key): rows for key, rows in grouped}
+        tuned = scores[scores["arm"] != BASE]
+        base = on_identical_pairs(tuned, self._base)
+        return Groups(tuned.assign(base=base, gain=tuned["score"].to_numpy(dtype=np.float64) - base), GROUP)
 
     def variants(self) -> tuple[str, ...]:
         """Ways of generating that tuned cells were evaluated with, the default first."""
-        seen = sorted({key[0] for key in self._differences} - {DEFAULT_VARIANT})
+        seen = sorted({key[0] for key in self._groups.keys} - {DEFAULT_VARIANT})
         return (DEFAULT_VARIANT, *seen)
 
     def base_scores(self, reward: str, split: str | None = None) -> SeedScores:
         """The base model's scores by prompt and latent, of one split or of all."""
-        rows = self._base[(self._base["variant"] == DEFAULT_VARIANT) & (self._base["reward"] == reward)]
-        rows = rows if split is None else rows[rows["split"] == split]
-        return _arrange(rows, "score")
+        key = (reward, split)
+        if key not in self._base_scores:
+            rows = self._base[self._base["reward"] == reward]
+            self._base_scores[key] = arrange(rows if split is None else rows[rows["split"] == split], "score")
+        return self._base_scores[key]
+
+    @cached_property
+    def _base_scores(self) -> dict[tuple[str, str | None], SeedScores]:
+        return {}
 
     @cached_property
     def _sds(self) -> dict[str, float]:
@@ -142,7 +146,14 @@ class Gains:
     @cached_property
     def one_latent(self) -> bool:
         """Whether every prompt was scored with one latent: the unit is then the spread over prompts."""
-        return bool(self._base.groupby("prompt_id")["noise_id"].nunique().max() == 1) if len(self._base) else False
+        base = self._base
+        return bool(base.groupby("prompt_id", observed=True)["noise_id"].nunique().max() == 1) if len(base) else False
+
+    @cached_property
+    def first_latents(self) -> dict[str, int]:
+        """The base model's first latent of each prompt: the one that pictures are shown for."""
+        found = self._base.groupby("prompt_id", observed=True)["noise_id"].min()
+        return {str(prompt): int(noise) for prompt, noise in found.items()}
 
     def sd(self, reward: str) -> float:
         """The base SD, unit of standardised gains: spread of the base model's pictures within a prompt.
@@ -151,9 +162,13 @@ class Gains:
         """
         return self._sds.get(reward, float("nan"))
 
+    @cached_property
+    def _scored(self) -> frozenset[str]:
+        return frozenset(map(str, self._base["reward"].unique()))
+
     def scored(self, reward: str) -> bool:
         """Whether the base model was scored by this reward, so that gains exist."""
-        return bool((self._base["reward"] == reward).any())
+        return reward in self._scored
 
     def final(
         self,
@@ -172,12 +187,11 @@ class Gains:
         return self._finals[key]
 
     def _final(self, variant: str, arm: str, training_reward: str, reward: str, split: str, point: str) -> Gain:
-        rows = self._rows(variant, arm, training_reward, reward, split)
-        rows = rows[rows["point"] == point]
-        scores = _arrange(rows, "gain")
+        rows = self.rows(arm, training_reward, reward, split=split, variant=variant, point=point)
+        scores = arrange(rows, "gain")
         by_seed = dict(zip(scores.seeds, scores.means, strict=True))
         cells = self.run.cells_of(arm, training_reward)
-        base = rows.drop_duplicates(PAIR)
+        base = rows.drop_duplicates(["prompt_id", "noise_id"])
         fallback = 0.0 if self.scored(reward) else float("nan")
         return Gain(
             arm,
@@ -193,6 +207,21 @@ class Gains:
             len(base),
         )
 
+    def rows(
+        self,
+        arm: str,
+        training_reward: str,
+        reward: str,
+        *,
+        split: str = HELD_OUT,
+        variant: str = DEFAULT_VARIANT,
+        point: str | None = FINAL,
+    ) -> pd.DataFrame:
+        """Scored pictures of an arm with `base` and `gain`, where the base has the same picture; None: all points."""
+        rows = self._groups.rows((variant, arm, training_reward, reward, split))
+        rows = rows[rows["base"].notna()]
+        return rows if point is None else rows[rows["point"] == point]
+
     def curve(self, arm: str, training_reward: str, reward: str, *, split: str = HELD_OUT) -> Curve:
         """The gain at every point of the budget's grid, on the pictures that all points of the arm's cells share."""
         key = (arm, training_reward, reward, split)
@@ -201,31 +230,32 @@ class Gains:
         return self._curves[key]
 
     def _curve(self, arm: str, training_reward: str, reward: str, split: str) -> Curve:
-        rows = self._rows(DEFAULT_VARIANT, arm, training_reward, reward, split)
-        points = sorted({p for p in rows["point"] if p != FINAL}, key=float)
+        rows = self.rows(arm, training_reward, reward, split=split, point=None)
+        points = sorted({str(p) for p in rows["point"].unique() if p != FINAL}, key=float)
         if points:
-            keys = list(zip(rows["prompt_id"], rows["noise_id"], strict=True))
-            met: dict[str, set[tuple[str, int]]] = {point: set() for point in points}
-            for point, pair in zip(rows["point"], keys, strict=True):
-                met.get(point, set()).add(pair)
-            shared = set.intersection(*met.values())
-            rows = rows[[pair in shared for pair in keys]]
-        amount = self.run.plan.get("budget", {}).get("amount")
-        if not points or amount is None or float(points[-1]) < float(amount):
+            along = rows[rows["point"] != FINAL]
+            met = along[["point", "prompt_id", "noise_id"]].drop_duplicates()
+            number = met.groupby(["prompt_id", "noise_id"], observed=True).size()
+            shared = number[number == len(points)].index
+            rows = rows[pd.MultiIndex.from_frame(rows[["prompt_id", "noise_id"]]).isin(shared)]
+        budget = self.run.plan.get("budget", {}).get("amount")
+        if not points or budget is None or float(points[-1]) < float(budget):
             points.append(FINAL)
         cells = [cell for cell in self.run.cells_of(arm, training_reward) if cell.counts]
         values = np.full((len(cells), len(points)), np.nan)
         spent = {name: np.full(values.shape, np.nan) for name in SPENT}
-        groups = {(str(c), str(p)): found for (c, p), found in rows.groupby(["cell", "point"])}
+        places = {cell.name: i for i, cell in enumerate(cells)}
+        groups = _by_cell_and_point(rows)
+        for (name, point), (mean, until) in groups.items():
+            if name in places and point in points:
+                i, j = places[name], points.index(point)
+                values[i, j] = mean
+                for currency, amount in zip(SPENT, until, strict=True):
+                    spent[currency][i, j] = amount
         for i, cell in enumerate(cells):
-            last = _only_mean(groups.get((cell.name, FINAL)))
-            for j, point in enumerate(points):
-                here = groups.get((cell.name, point))
-                values[i, j] = _only_mean(here)
-                for name in SPENT:
-                    spent[name][i, j] = float(here[name].iloc[0]) if here is not None else np.nan
-                if cell.state == "diverged" and not np.isfinite(values[i, j]):
-                    values[i, j] = last if np.isfinite(last) else 0.0
+            if cell.state == "diverged":
+                last = groups[cell.name, FINAL][0] if (cell.name, FINAL) in groups else np.nan
+                values[i, ~np.isfinite(values[i])] = last if np.isfinite(last) else 0.0
         pairs = rows.drop_duplicates(["prompt_id", "noise_id"])
         seeds = tuple(cell.seed for cell in cells)
         return Curve(arm, training_reward, reward, seeds, values, spent, int(pairs["prompt_id"].nunique()), len(pairs))
@@ -235,47 +265,73 @@ class Gains:
 
         On held-out prompts, seed by seed; the base's pictures with that sampler are the cell's own.
         """
-        table = self.run.scores
-        mine = table[
-            (table["arm"] == arm) & (table["training_reward"] == training_reward) & (table["reward"] == reward)
-        ]
-        means = [
-            mine[mine["variant"] == variant].groupby(["cell", "prompt_id"])["score"].mean().groupby("cell").mean()
+        own, base = (
+            _means(self._groups.rows((variant, arm, training_reward, reward, HELD_OUT)))
             for variant in (OWN_SAMPLER, OWN_SAMPLER_BASE)
-        ]
-        gain = means[0] - means[1]
-        found = [float(gain.get(cell.name, np.nan)) for cell in self.run.cells_of(arm, training_reward)]
-        return np.asarray(found, dtype=np.float64)
+        )
+        seeds = [cell.seed for cell in self.run.cells_of(arm, training_reward)]
+        return np.asarray([own.get(seed, np.nan) - base.get(seed, np.nan) for seed in seeds], dtype=np.float64)
 
     def metric(self, arm: str, training_reward: str, name: str, *, point: str = FINAL) -> Array:
         """(S,) mean over prompts of a metric (diversity, drift), by planned seed; NaN where missing."""
-        table = self.run.metrics
-        mine = table[(table["metric"] == name) & (table["point"] == point) & (table["variant"] == DEFAULT_VARIANT)]
-        means = mine.groupby("cell")["value"].mean() if len(mine) else pd.Series(dtype=float)
-        found = [float(means.get(cell.name, np.nan)) for cell in self.run.cells_of(arm, training_reward)]
+        cells = self.run.cells_of(arm, training_reward)
+        found = [self._metrics.get((name, point, cell.name), np.nan) for cell in cells]
         return np.asarray(found, dtype=np.float64)
+
+    @cached_property
+    def _metrics(self) -> dict[tuple[str, str, str], float]:
+        """Means over prompts by metric, point and cell, of the default variant."""
+        table = self.run.metrics
+        mine = table[table["variant"] == DEFAULT_VARIANT]
+        means = mine.groupby(["metric", "point", "cell"], observed=True)["value"].mean().reset_index()
+        keys = zip(means["metric"], means["point"], means["cell"], strict=True)
+        return {(str(m), str(p), str(c)): float(v) for (m, p, c), v in zip(keys, means["value"], strict=True)}
+
+    def metric_points(self, name: str) -> tuple[str, ...]:
+        """Points of training at which a metric was taken, in their order, the end last.
+
+        All are on the same pictures: `end` is the end of training on those, where there is one; the base model's are
+        at `0`, which is not among them. `final` is on others, so that its diversity is not comparable.
+        """
+        seen = {point for metric, point, _ in self._metrics if metric == name} - {START}
+        last = END if END in seen else FINAL
+        along = sorted((point for point in seen - {END, FINAL}), key=float)
+        return (*along, *([last] if last in seen else []))
 
     def base_metric(self, name: str) -> float:
         """The base model's mean over prompts of a metric; NaN where it has none."""
         table = self.run.metrics
-        mine = table[(table["arm"] == BASE) & (table["metric"] == name) & (table["point"] == FINAL)]
+        mine = table[(table["metric"] == name) & (table["arm"] == BASE) & (table["point"] == FINAL)]
         return float(mine["value"].mean()) if len(mine) else float("nan")
 
-    def _rows(self, *key: str) -> pd.DataFrame:
-        return self._differences.get(key, self._empty)
 
-    @cached_property
-    def _empty(self) -> pd.DataFrame:
-        return self.run.scores.iloc[:0].assign(base=0.0, gain=0.0)
-
-
-def _arrange(rows: pd.DataFrame, column: str) -> SeedScores:
-    return seed_scores(
+def arrange(rows: pd.DataFrame, column: str) -> SeedScores:
+    """One reward's rows of one arm, split and point as (S, P, K) by identity."""
+    prompts = rows["prompt_id"].astype("category").cat
+    found = seed_scores(
         rows[column].to_numpy(dtype=np.float64),
         seed=rows["seed"].to_numpy(dtype=np.int64),
-        prompt=rows["prompt_id"].to_numpy(dtype=str),
+        prompt=prompts.codes.to_numpy(),
         picture=rows["noise_id"].to_numpy(dtype=np.int64),
     )
+    names = tuple(prompts.categories[np.asarray(found.prompts, dtype=np.int64)].astype(str))
+    return SeedScores(found.values, found.seeds, names, found.pictures)
+
+
+def _by_cell_and_point(rows: pd.DataFrame) -> dict[tuple[str, str], tuple[float, list[float]]]:
+    """Each cell's mean gain at each point, and what it had spent until then."""
+    first = rows.drop_duplicates(["cell", "point"])
+    keys = [(str(cell), str(point)) for cell, point in zip(first["cell"], first["point"], strict=True)]
+    places = rows[["cell", "point"]].merge(first[["cell", "point"]].assign(place=range(len(first))), how="left")
+    means = arrange(rows.assign(seed=places["place"].to_numpy(dtype=np.int64)), "gain").means
+    spent = first[list(SPENT)].to_numpy(dtype=np.float64).tolist()
+    return dict(zip(keys, zip(means.tolist(), spent, strict=True), strict=True))
+
+
+def _means(rows: pd.DataFrame) -> dict[object, float]:
+    """Mean score by seed."""
+    scores = arrange(rows, "score")
+    return dict(zip(scores.seeds, scores.means.tolist(), strict=True))
 
 
 def _states(cells: tuple[Cell, ...]) -> list[str]:
@@ -283,13 +339,8 @@ def _states(cells: tuple[Cell, ...]) -> list[str]:
     return [cell.state if cell.counts else "crashed" for cell in cells]
 
 
-def _only_mean(rows: pd.DataFrame | None) -> float:
-    """The seed mean of one cell's rows; NaN without any."""
-    return float(_arrange(rows, "gain").means[0]) if rows is not None else float("nan")
-
-
 def _base_mean(rows: pd.DataFrame) -> float:
-    scores = _arrange(rows.assign(seed=0), "base")
+    scores = arrange(rows.assign(seed=0), "base")
     return float(scores.means[0])
 
 

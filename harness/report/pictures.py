@@ -12,7 +12,7 @@ from PIL import Image
 from harness.report.analysis import Analysis
 from harness.report.captions import Drawn
 from harness.report.formatting import fixed, joined
-from harness.report.records import BASE, FINAL
+from harness.report.records import BASE, HELD_OUT
 from harness.report.style import DPI, GREY, PALE, looks
 
 PROMPTS = 8
@@ -41,8 +41,7 @@ def picture_grid(analysis: Analysis, training_reward: str, name: str) -> Drawn |
         cells = {cell.seed: cell.name for cell in run.cells_of(arm, training_reward)}
         if seed is not None:
             lines.append(Line(arm, cells[seed], seed))
-    scores = run.scores[(run.scores["point"] == FINAL) & (run.scores["reward"] == training_reward)]
-    scores = scores[scores["variant"] == "default"]
+    scores = _scores(analysis, lines, training_reward)
     rows = [_row(analysis, line, prompt, training_reward, scores) for line in lines for prompt in prompts]
     data = pd.DataFrame(rows, columns=list(COLUMNS))
     if not any((run.folder / str(path)).is_file() for path in data["picture"] if path):
@@ -69,12 +68,26 @@ def median_seed(analysis: Analysis, arm: str, training_reward: str) -> int | Non
     return found[(len(found) - 1) // 2][1] if found else None
 
 
-def _row(analysis: Analysis, line: Line, prompt: str, reward: str, scores: pd.DataFrame) -> dict[str, object]:
-    mine = scores[(scores["cell"] == line.cell) & (scores["prompt_id"] == prompt)].sort_values("noise_id")
-    noise = _first_noise(analysis, line, prompt, mine)
+def _scores(analysis: Analysis, lines: list[Line], reward: str) -> dict[tuple[str, str, int], float]:
+    """Final scores of the cells shown, by cell, prompt and latent."""
+    base = analysis.gains.base_scores(reward, HELD_OUT)
+    places = [(p, n) for p in base.prompts for n in base.pictures]
+    values = base.values.ravel().tolist() if len(base.seeds) else []
+    known = {(BASE, str(p), int(str(n))): value for (p, n), value in zip(places, values, strict=False)}
+    for line in lines[1:]:
+        rows = analysis.gains.rows(line.arm, reward, reward)
+        mine = rows[rows["cell"] == line.cell]
+        keys = zip(mine["prompt_id"], mine["noise_id"], mine["score"], strict=True)
+        known |= {(line.arm, str(p), int(n)): float(score) for p, n, score in keys}
+    return known
+
+
+def _row(
+    analysis: Analysis, line: Line, prompt: str, reward: str, scores: dict[tuple[str, str, int], float]
+) -> dict[str, object]:
+    noise = analysis.gains.first_latents.get(prompt, 0)
     path = f"cells/{line.cell}/images/final/{prompt}--{noise}.png"
     exists = (analysis.run.folder / path).is_file()
-    here = mine[mine["noise_id"] == noise]
     return {
         "arm": line.arm,
         "seed": line.seed,
@@ -82,17 +95,9 @@ def _row(analysis: Analysis, line: Line, prompt: str, reward: str, scores: pd.Da
         "prompt": analysis.run.prompt_text(prompt),
         "noise_id": noise,
         "training_reward": reward,
-        "score": float(here["score"].iloc[0]) if len(here) else np.nan,
+        "score": scores.get((line.arm, prompt, noise), np.nan),
         "picture": path if exists else "",
     }
-
-
-def _first_noise(analysis: Analysis, line: Line, prompt: str, rows: pd.DataFrame) -> int:
-    """The first latent of a prompt in the base model's records, so that all rows show the same one."""
-    base = analysis.run.scores
-    base = base[(base["arm"] == BASE) & (base["prompt_id"] == prompt)]
-    found = base if len(base) else rows
-    return int(found["noise_id"].min()) if len(found) else 0
 
 
 def _draw(analysis: Analysis, lines: list[Line], prompts: list[str], data: pd.DataFrame) -> Figure:

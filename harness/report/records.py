@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from harness.errors import UserError
+from harness.report.columns import read_tables
 
 BASE = "base"
 DEFAULT_VARIANT = "default"
@@ -138,7 +140,7 @@ class Run:
         """Rewards that were trained on, in the order of the plan."""
         return tuple(str(name) for name in self.plan["training_rewards"])
 
-    @property
+    @cached_property
     def rewards(self) -> tuple[RewardInfo, ...]:
         """Rewards that scored pictures; training rewards that are sums of these come first where they are scored."""
         known = [
@@ -173,13 +175,21 @@ class Run:
         """Ids of the evaluated prompts of a split, in the order of the suite; also those only seen in records."""
         named = self.judged if split == HELD_OUT else split
         planned = [str(p) for p in self.plan.get("suite", {}).get("evaluated", {}).get(named, [])]
-        seen = sorted(set(self.scores.loc[self.scores["split"] == split, "prompt_id"]) - set(planned))
-        return (*planned, *seen)
+        rows = self._prompts[self._prompts["split"] == split]
+        return (*planned, *sorted({str(p) for p in rows["prompt_id"]} - set(planned)))
 
     def prompt_text(self, prompt_id: str) -> str:
         """What a prompt says; its id where no record has the text."""
-        texts = self.scores.loc[self.scores["prompt_id"] == prompt_id, "prompt"]
-        return str(texts.iloc[0]) if len(texts) else prompt_id
+        return self._texts.get(prompt_id, prompt_id)
+
+    @cached_property
+    def _prompts(self) -> pd.DataFrame:
+        return self.scores[["split", "prompt_id", "prompt"]].drop_duplicates()
+
+    @cached_property
+    def _texts(self) -> dict[str, str]:
+        known = self._prompts.drop_duplicates("prompt_id")
+        return {str(key): str(text) for key, text in zip(known["prompt_id"], known["prompt"], strict=True)}
 
 
 def load_run(folder: Path) -> Run:
@@ -200,7 +210,7 @@ def load_run(folder: Path) -> Run:
     scores = _tables(folder, counted, "scores.parquet", SCORE_COLUMNS)
     splits = list(plan.get("suite", {}).get("evaluated", {HELD_OUT: []}))
     judged = HELD_OUT if HELD_OUT in splits else splits[-1]
-    scores["split"] = scores["split"].where(scores["split"] != judged, HELD_OUT)
+    scores["split"] = _renamed(scores["split"], judged, HELD_OUT)
     return Run(
         folder,
         plan,
@@ -215,6 +225,11 @@ def load_run(folder: Path) -> Run:
         _tables(folder, counted, "probes.parquet", PROBE_COLUMNS),
         *load_mixes(folder),
     )
+
+
+def _renamed(column: pd.Series, old: str, new: str) -> pd.Series:
+    """One value of a column of few values under another name."""
+    return column if old == new else column.astype(str).where(column != old, new).astype("category")
 
 
 def weights(reward: str) -> dict[str, float] | None:
@@ -278,12 +293,7 @@ def _cell(folder: Path, entry: Mapping[str, Any]) -> Cell:
 def _tables(folder: Path, cells: list[Cell], file: str, columns: tuple[str, ...]) -> pd.DataFrame:
     """One table of all cells, rows sorted by their content; empty where there is none."""
     paths = [folder / "cells" / cell.name / file for cell in cells]
-    found = [pd.read_parquet(path, columns=list(columns)) for path in paths if path.is_file()]
-    found = [table for table in found if len(table)]
-    if not found:
-        return pd.DataFrame({column: pd.Series(dtype=object) for column in columns})
-    table = pd.concat(found, ignore_index=True).astype({name: str for name in ("point", "variant") if name in columns})
-    return table.sort_values(list(columns), kind="stable").drop_duplicates().reset_index(drop=True)
+    return read_tables([path for path in paths if path.is_file()], columns)
 
 
 def _updates(folder: Path, cells: list[Cell]) -> pd.DataFrame:

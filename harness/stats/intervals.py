@@ -76,7 +76,9 @@ def bonferroni(level: float, hypotheses: int) -> float:
 def t_interval(estimate: float, parts: Sequence[Part], *, n: int, level: float = 0.95, note: str = "") -> Interval:
     """Student interval of an estimate whose variance is a sum of independent parts (Satterthwaite 1946).
 
-    v = sum v_i, df = v^2 / sum(v_i^2 / df_i). Parts may be negative (a subtracted mean square).
+    v = sum v_i, df = v^2 / sum(v_i^2 / df_i). Parts may be negative (a subtracted mean square). Where they cancel, the
+    formula goes to zero degrees of freedom and the interval to infinity; df is therefore at least the smallest of the
+    parts', which it always is without subtraction.
     """
     reason = ""
     if n < 1 or not math.isfinite(estimate):
@@ -89,7 +91,8 @@ def t_interval(estimate: float, parts: Sequence[Part], *, n: int, level: float =
         return Interval(estimate, NAN, NAN, level, n, note=join(reason, note))
     variance = sum(part.variance for part in parts)
     # Scaled before squaring: the squares of tiny variances would underflow.
-    df = 1 / sum((part.variance / variance) ** 2 / part.df for part in parts)
+    satterthwaite = 1 / sum((part.variance / variance) ** 2 / part.df for part in parts)
+    df = max(satterthwaite, min(part.df for part in parts))
     error = math.sqrt(variance)
     reach = float(special.stdtrit(df, (1 + level) / 2)) * error
     if n == 2:
@@ -158,7 +161,7 @@ def _crossed(arms: list[Array], level: float, note: str) -> Interval:
     elif n > 1:
         noise = [Part(-_interaction(table) / table.size, (len(table) - 1) * (p - 1)) for table in arms]
         extra = [mean_part(column_means), *noise]
-        if sum(part.variance for part in extra) > 0:
+        if sum(part.variance for part in extra) > 1e-12 * extra[0].variance:  # more than rounding
             parts += extra
     return t_interval(float(column_means.mean()), parts, n=n, level=level, note=note)
 

@@ -120,6 +120,16 @@ def test_crossed_intervals() -> None:
     stated(crossed_difference(np.full((2, 5), NAN), holes), "no data")
 
 
+def test_crossed_intervals_where_prompts_nearly_cancel() -> None:
+    """Prompts that add hardly more than noise leave the degrees of freedom of the seeds, not almost none."""
+    noise = np.array([[1.0, -3, 2, 2, -2], [-1, -3, 0, 2, -1], [0, 2, -3, -1, 1], [0, -2, 0, 2, 2]])
+    cells = noise - np.array([0.001, 0.0, 0.0, -0.0005, 0.0])
+    result = crossed(cells)
+    assert result.standard_error > seed_t(cells.mean(axis=1)).standard_error
+    assert result.df == 3
+    assert result.half_width < 2
+
+
 def test_bootstrap() -> None:
     """One seed has no bootstrap interval, and identical seeds have none of width zero."""
     stated(bootstrap([[1.0]], np.median), "n=1")

@@ -111,6 +111,29 @@ def test_the_order_of_seeds_changes_nothing(a: np.ndarray, b: np.ndarray, order:
 
 
 @FEW
+@given(table(s=4, p=5, k=1), table(s=3, p=5, k=1), st.permutations(range(5)), st.permutations(range(4)))
+def test_the_order_of_prompts_changes_nothing(
+    a: np.ndarray, b: np.ndarray, prompts: list[int], order: list[int]
+) -> None:
+    """Crossed intervals are the same for prompts and seeds in any order, and follow a change of unit."""
+    x, y = a[:, :, 0], b[:, :, 0]
+    assume(np.ptp(x.mean(axis=1)) > 1e-6)
+    same(crossed(x), crossed(x[order][:, prompts]))
+    same(crossed(x), crossed(2 * x + 3), 3, 2)
+    same(crossed_difference(x, y), crossed_difference(x[order][:, prompts], y[:, prompts]))
+    same(crossed_difference(x, y), crossed_difference(2 * x + 3, 2 * y + 3), 0, 2)
+
+
+@settings(max_examples=3, deadline=None)
+@given(seeds(10), st.permutations(range(10)))
+def test_sampled_bootstraps_depend_on_the_numbers_alone(a: np.ndarray, order: list[int]) -> None:
+    """With too many resamples to visit, seeds in any order still give the very same interval."""
+    first, second = bootstrap([a], np.median), bootstrap([a[order]], np.median)
+    assert "10000 resamples" in first.note
+    assert (first.low, first.high) == (second.low, second.high)
+
+
+@FEW
 @given(seeds(4), seeds(6))
 def test_exchanging_the_arms(a: np.ndarray, b: np.ndarray) -> None:
     """Exchanging the arms mirrors the interval, keeps p, and the two chances of being better add up to one."""

@@ -110,8 +110,37 @@ def test_interquartile_mean(scores: np.ndarray, estimate: float, low: float, hig
     assert (result.low, result.high) == pytest.approx((low, high), abs=4e-3)
 
 
-@pytest.mark.parametrize(("scores", "low", "high"), [(A, 0.6935, 0.7685), (B, 0.6105, 0.6660)])
-def test_bootstrap_of_a_mean(scores: np.ndarray, low: float, high: float) -> None:
-    """The stratified bootstrap of the mean gives rliable's interval."""
+@pytest.mark.parametrize(("scores", "mean", "low", "high"), [(A, 0.731, 0.6935, 0.7685), (B, 0.6385, 0.6105, 0.6660)])
+def test_bootstrap_of_a_mean(scores: np.ndarray, mean: float, low: float, high: float) -> None:
+    """The stratified bootstrap of the mean gives rliable's point and interval."""
     result = bootstrap(list(scores.T), lambda *columns: float(np.mean(columns)))
+    assert result.estimate == pytest.approx(mean, abs=1e-9)
     assert (result.low, result.high) == pytest.approx((low, high), abs=2e-3)
+
+
+@pytest.mark.parametrize(("scores", "gap"), [(A, 0.303), (B, 0.374)])
+def test_optimality_gap(scores: np.ndarray, gap: float) -> None:
+    """What is missing to a score of one, on average, is rliable's optimality gap."""
+    result = bootstrap([scores], lambda runs: float(np.maximum(1 - runs, 0).mean()))
+    assert result.estimate == pytest.approx(gap, abs=6e-4)
+    assert result.low < gap < result.high
+
+
+def test_percentile_interval_of_the_probability_of_improvement() -> None:
+    """The stratified bootstrap of P(better) gives rliable's interval; the headline's is Newcombe's."""
+
+    def probability(*columns: np.ndarray) -> float:
+        pairs = zip(columns[:4], columns[4:], strict=True)
+        return float(np.mean([(np.sign(x[:, None] - y).mean() + 1) / 2 for x, y in pairs]))
+
+    result = bootstrap([*A.T, *B.T], probability)
+    assert result.estimate == pytest.approx(0.80)
+    assert (result.low, result.high) == pytest.approx((0.64, 0.93), abs=0.015)
+
+
+def test_percentile_bootstrap_agrees_with_scipy() -> None:
+    """Visiting every resample with its probability is what many random ones approach."""
+    rng = np.random.default_rng(1)
+    oracle = stats.bootstrap((X,), np.mean, method="percentile", n_resamples=20_000, rng=rng).confidence_interval
+    result = bootstrap([X], np.mean)
+    assert (result.low, result.high) == pytest.approx((oracle.low, oracle.high), abs=1.5e-3)

@@ -21,6 +21,8 @@ from harness.report.page.write import write_page
 from harness.report.records import load_run
 from harness.report.style import drawing, write_figure
 from harness.report.tables import Table
+from harness.report.unseen import unseen_prompts
+from harness.report.variance import smallest_detectable
 
 TEMPLATES = Path(__file__).parent / "templates"
 REPORT = "report.md"
@@ -98,6 +100,7 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "partial": any(not cell.counts for cell in run.cells) or not run.base.counts,
         "lead": narrative.lead(analysis),
         "verdicts": narrative.verdicts(analysis),
+        "detectable": smallest_detectable(analysis),
         "outcomes_lead": "Against the base model, on the same prompts and latents:",
         "outcomes": narrative.outcomes(analysis),
         "warnings": narrative.warnings(analysis),
@@ -110,6 +113,8 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "how_to_read": narrative.how_to_read(analysis),
         "sections": sections,
         "claims": [vars(section) for section in findings.sections(analysis)],
+        "unseen": unseen_prompts(analysis),
+        "variance": figures.variance,
         "own_sampler": uses.own_sampler(analysis),
         "variants": uses.variants(analysis),
         "mixes": mixes.mixes_table(analysis, run.mixed, run.mixes) if run.mixes else None,

@@ -12,6 +12,7 @@ from harness.report.heatmap import heatmap
 from harness.report.learning_curves import learning_curves
 from harness.report.pictures import picture_grid
 from harness.report.tradeoffs import tradeoffs
+from harness.report.variance import variance_figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +30,12 @@ class Figures:
     pictures: tuple[Drawn, ...]
     pictured: tuple[str, ...]
     gradients: Drawn | None
+    variance: Drawn | None
 
     @property
     def every(self) -> tuple[Drawn, ...]:
         """All figures there are."""
-        single = (self.forest, self.curves, self.matrix, self.tradeoffs, self.gradients)
+        single = (self.forest, self.curves, self.matrix, self.tradeoffs, self.gradients, self.variance)
         return (*(figure for figure in single if figure is not None), *self.pictures)
 
 
@@ -52,4 +54,5 @@ def draw(analysis: Analysis) -> Figures:
         tuple(kept.values()),
         tuple(kept),
         norms_figure(analysis.run.probes, analysis.run.arms, rewards[0], "fig-06-gradients"),
+        variance_figure(analysis, "fig-10-variance"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,15 +26,18 @@ class Question:
     """One difference that a run asks about, in base-SD units.
 
     Attributes:
-        name: such as ``ddpo against draft``. ``reward``: the training reward, or how many are pooled.
+        arm: whose gain or difference it is. ``name``: such as ``ddpo against draft``.
+        reward: the training reward, or how many are pooled. ``pooled``: whether it is about all there are.
         contrast: its variance components.
         strata: training rewards within which a permutation test relabels seeds; 0 where a t test decides.
         family: comparisons that Holm's adjustment holds together.
         inflation: factor on SDs over seeds that reaches the true ones in 80 of 100 pilots like this.
     """
 
+    arm: str
     name: str
     reward: str
+    pooled: bool
     contrast: Contrast
     strata: int
     family: int
@@ -61,10 +64,46 @@ class Question:
         return next(s for s in itertools.count(2) if not exact or 2 / math.comb(2 * s, s) ** self.strata <= alpha)
 
     def detectable(self, design: Design, *, unseen: bool) -> float:
-        """Smallest difference that a design finds with 80 % power at the level of Holm's first step."""
+        """Smallest difference that a design finds with 80 % power at the level of Holm's first step.
+
+        NaN where the permutation test cannot reject with so few seeds.
+        """
         size, alpha = (design.seeds, design.prompts, design.latents), ALPHA / self.family
+        if design.seeds < self._fewest(alpha):
+            return float("nan")
         targets = (False, True)[: 1 + unseen]
         return float(np.max([self.contrast.detectable(*size, unseen=random, alpha=alpha) for random in targets]))
+
+
+@dataclass(frozen=True, eq=False)
+class Pilot:
+    """What a run offers to plans.
+
+    Attributes:
+        scores: (S, P, K) gains on the training reward in base SD by (arm, training reward), held-out prompts, of
+            seeds that ended.
+        arms: that have an answer. ``left_out``: of the others, why not.
+    """
+
+    run: Run
+    scores: Mapping[tuple[str, str], SeedScores]
+    arms: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """Arms with an answer and with seed variance."""
+        return tuple(arm for arm in self.arms if arm not in self.run.constants)
+
+    @property
+    def design(self) -> Design:
+        """The fewest seeds, prompts and latents of any varying arm."""
+        tables = [self.scores[arm, reward] for arm in self.varying for reward in self.run.training_rewards]
+        return Design(
+            min(len(table.seeds) for table in tables),
+            min(table.prompts_scored for table in tables),
+            min(len(table.pictures) for table in tables),
+        )
 
 
 @dataclass(frozen=True)
@@ -149,28 +188,26 @@ def plan(run: Run, difference: float) -> Plan:
         raise UserError(f"--detect {difference:g}: give a difference above 0, in units of the base SD, such as 0.2")
     if not run.base.counts:
         raise UserError(f"{run.name}: the base model is not scored yet, so that there are no gains; finish the run")
-    analysis = analyse(run)
-    scores = {(arm, r): _scores(analysis, arm, r) for arm in run.arms for r in run.training_rewards}
-    left_out = [*_without_an_answer(run, scores)]
-    silent = {arm for arm, _ in left_out}
-    arms = [arm for arm in run.arms if arm not in silent]
-    compared = [arm for arm in arms if arm not in run.constants]
-    if not compared:
+    found = pilot(analyse(run))
+    if not found.varying:
         raise UserError(
             f"{run.name}: no arm has two seeds with scores, and one seed says nothing about the next; "
             "add some, as in --seeds 5"
         )
-    tables = [scores[arm, reward] for arm in compared for reward in run.training_rewards]
-    design = Design(
-        min(len(table.seeds) for table in tables),
-        min(table.prompts_scored for table in tables),
-        min(len(table.pictures) for table in tables),
-    )
+    design = found.design
     if design.prompts < 2:
         raise UserError(f"{run.name}: one held-out prompt says nothing about others; evaluate on two at least")
-    costs = tuple(cost for arm in arms for reward in run.training_rewards for cost in _cost(run, arm, reward))
-    said = tuple(sentence for _, sentence in left_out)
-    return Plan(run, difference, design, tuple(_questions(run, arms, scores)), costs, said)
+    costs = tuple(cost for arm in found.arms for reward in run.training_rewards for cost in _cost(run, arm, reward))
+    return Plan(run, difference, design, questions(found), costs, found.left_out)
+
+
+def pilot(analysis: Analysis) -> Pilot:
+    """Scores and arms of a run, complete or not."""
+    run = analysis.run
+    scores = {(arm, r): _scores(analysis, arm, r) for arm in run.arms for r in run.training_rewards}
+    left_out = dict(_without_an_answer(run, scores))
+    arms = tuple(arm for arm in run.arms if arm not in left_out)
+    return Pilot(run, scores, arms, tuple(left_out.values()))
 
 
 def _scores(analysis: Analysis, arm: str, reward: str) -> SeedScores:
@@ -179,7 +216,7 @@ def _scores(analysis: Analysis, arm: str, reward: str) -> SeedScores:
     return SeedScores(found.values / analysis.gains.sd(reward), found.seeds, found.prompts, found.pictures)
 
 
-def _without_an_answer(run: Run, scores: dict[tuple[str, str], SeedScores]) -> list[tuple[str, str]]:
+def _without_an_answer(run: Run, scores: Mapping[tuple[str, str], SeedScores]) -> list[tuple[str, str]]:
     """Arms that cannot be planned for, and why."""
     found = []
     for arm in run.arms:
@@ -191,19 +228,20 @@ def _without_an_answer(run: Run, scores: dict[tuple[str, str], SeedScores]) -> l
     return found
 
 
-def _questions(run: Run, arms: Sequence[str], scores: dict[tuple[str, str], SeedScores]) -> list[Question]:
+def questions(found: Pilot) -> tuple[Question, ...]:
     """Each arm against the reference, by training reward and pooled; the gain over the base where there is no other."""
+    run, arms, scores = found.run, found.arms, found.scores
     rewards = run.training_rewards
     reference = run.reference if run.reference in arms else None
     others = [arm for arm in arms if arm != reference and not {arm, reference} <= set(run.constants)]
     alone = reference is None or not others
     pairs = len(run.arms) * (len(run.arms) - 1) // 2 * len(rewards)
     family, families = (len(arms), len(arms) * len(rewards)) if alone else (len(run.arms) - 1, pairs)
-    found = []
-    for arm in [a for a in arms if a not in run.constants] if alone else others:
+    result = []
+    for arm in found.varying if alone else others:
         name = f"{arm} over base" if alone else f"{arm} against {reference}"
         for pooled in [rewards] if len(rewards) == 1 else [rewards, *((reward,) for reward in rewards)]:
-            terms = []
+            terms: list[tuple[SeedScores, float]] = []
             for reward in pooled:
                 other = None if alone else scores[str(reference), reward]
                 terms += _terms(run, scores[arm, reward], other, arm, reference)
@@ -213,8 +251,8 @@ def _questions(run: Run, arms: Sequence[str], scores: dict[tuple[str, str], Seed
             reward = pooled[0] if len(pooled) == 1 else f"mean of {len(pooled)} rewards"
             strata = len(pooled) if primary and len(terms) == 2 * len(pooled) else 0
             size = family if primary else families
-            found.append(Question(name, reward, parts, strata, size, _inflation(parts)))
-    return found
+            result.append(Question(arm, name, reward, primary, parts, strata, size, _inflation(parts)))
+    return tuple(result)
 
 
 def _terms(
@@ -224,13 +262,13 @@ def _terms(
     if other is None:
         return [(own, 1.0)]
     if arm in run.constants:
-        return [(_less(other, own), -1.0)]
+        return [(less(other, own), -1.0)]
     if reference in run.constants:
-        return [(_less(own, other), 1.0)]
+        return [(less(own, other), 1.0)]
     return [(own, 1.0), (other, -1.0)]
 
 
-def _less(scores: SeedScores, fixed: SeedScores) -> SeedScores:
+def less(scores: SeedScores, fixed: SeedScores) -> SeedScores:
     """Scores minus those of an arm with one value for each picture; NaN where that one has none."""
     places = {(p, k): fixed.values[0, i, j] for i, p in enumerate(fixed.prompts) for j, k in enumerate(fixed.pictures)}
     shift = [[places.get((p, k), np.nan) for k in scores.pictures] for p in scores.prompts]

@@ -327,17 +327,17 @@ def test_pictures_inside_the_page_keep_to_the_budget(tmp_path: Path) -> None:
     groups = [Group("first", (Stored("cell", "final", 8), Stored("cell", "final", 7)))]
     groups += [Group("first", tuple(Stored("cell", "final", i + j) for j in range(2))) for i in (0, 2)]
     groups += [Group("second", (Stored("cell", "final", 6),))]
-    every = inline(groups, paths)
+    every = inline(groups, paths.__getitem__)
     assert every.prompts == {"first": 3, "second": 1}
     sizes = {stored.prompt: len(base64.b64decode(content)) for stored, content in every.pictures.items()}
     assert set(sizes) == {0, 1, 2, 3, 6, 7}
     with Image.open(io.BytesIO(base64.b64decode(every.pictures[Stored("cell", "final", 0)]))) as picture:
         assert max(picture.size) == SIDE
     budget = sizes[7] + sizes[0] + sizes[1] + sizes[2]
-    some = inline(groups, paths, budget=budget)
+    some = inline(groups, paths.__getitem__, budget=budget)
     assert {stored.prompt for stored in some.pictures} == {7, 0, 1}
     assert some.prompts == {"first": 2, "second": 0}
-    assert inline(groups, paths, budget=0).pictures == {}
+    assert inline(groups, paths.__getitem__, budget=0).pictures == {}
 
 
 def test_figures_that_are_too_many_stay_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ def test_pictures_outside_the_page_are_read_beside_it(
     chromium: "playwright.Browser", run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By relative path where the run's directory is; elsewhere the page says that it is not there."""
-    monkeypatch.setattr(album, "inline", lambda groups, paths: inline(groups, paths, budget=0))
+    monkeypatch.setattr(album, "inline", lambda groups, file: inline(groups, file, budget=0))
     beside = run / "outside"
     beside.mkdir()
     write_page(analyse(load_run(run)), "# Title\n\n## Conclusions\n", beside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,24 +113,22 @@ def collect(analysis: Analysis) -> Album:
     cells = [cell for cell in (run.base, *run.cells) if cell.counts]
     points = {cell.name: _points(run.folder, cell.name, files, spent) for cell in cells}
     scores, base_scores = _scores(analysis, rows, prompts)
-    paths = {
-        Stored(cell, point.name, place): run.folder / "cells" / cell / "images" / point.name / name
-        for cell, found in points.items()
-        for point in found
-        for name, place in files.items()
-        if place < PROMPTS and place in point.prompts
-    }
-    inlined = inline(_groups(analysis, points), paths)
+    names = list(files)
+
+    def file(stored: Stored) -> Path:
+        return run.folder / "cells" / stored.cell / "images" / stored.point / names[stored.prompt]
+
+    inlined = inline(_groups(analysis, points), file)
     return Album(run.base.name, prompts, points, scores, base_scores, inlined)
 
 
 def _points(folder: Path, cell: str, files: dict[str, int], spent: Spent) -> tuple[Point, ...]:
     """The points of one cell that have pictures, in the order of what was spent, the final one last."""
     place = folder / "cells" / cell / "images"
-    names = sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+    names = sorted(entry.name for entry in os.scandir(place) if entry.is_dir()) if place.is_dir() else []
     found = []
     for name in names:
-        here = frozenset(files[path.name] for path in (place / name).iterdir() if path.name in files)
+        here = frozenset(files[entry.name] for entry in os.scandir(place / name) if entry.name in files)
         if here and (name == FINAL or (cell, name) in spent):
             found.append(Point(name, spent.get((cell, name), (float("nan"),) * len(SPENT)), here))
     return tuple(sorted(found, key=lambda point: (point.name == FINAL, point.spent[0], point.name)))

@@ -55,5 +55,5 @@ def _smallest(path: Path) -> tuple[str, bytes]:
 def webp(picture: Image.Image, *, quality: int) -> bytes:
     """Compressed with loss."""
     content = io.BytesIO()
-    picture.save(content, "WEBP", quality=quality, method=4)
+    picture.save(content, "WEBP", quality=quality, method=2)
     return content.getvalue()

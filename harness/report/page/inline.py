@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,19 +46,19 @@ class Inlined:
     prompts: dict[str, int]
 
 
-def inline(groups: Sequence[Group], paths: dict[Stored, Path], *, budget: int = BUDGET) -> Inlined:
+def inline(groups: Sequence[Group], file: Callable[[Stored], Path], *, budget: int = BUDGET) -> Inlined:
     """Take groups in their order until the next one would exceed the budget.
 
     Args:
         groups: What to take, most wanted first.
-        paths: The file of each picture. One that cannot be read stays outside.
+        file: Where a picture is. One that cannot be read stays outside.
         budget: Bytes before base64.
     """
     taken: dict[Stored, str] = {}
     counts = dict.fromkeys((group.kind for group in groups), 0)
     spent = 0
     for group in groups:
-        encoded = _encoded((stored for stored in group.pictures if stored not in taken), paths)
+        encoded = _encoded((stored for stored in group.pictures if stored not in taken), file)
         size = sum(map(len, encoded.values()))
         if spent + size > budget:
             break
@@ -68,11 +68,11 @@ def inline(groups: Sequence[Group], paths: dict[Stored, Path], *, budget: int = 
     return Inlined(taken, counts)
 
 
-def _encoded(wanted: Iterable[Stored], paths: dict[Stored, Path]) -> dict[Stored, bytes]:
+def _encoded(wanted: Iterable[Stored], file: Callable[[Stored], Path]) -> dict[Stored, bytes]:
     result: dict[Stored, bytes] = {}
     for stored in wanted:
         try:
-            with Image.open(paths[stored]) as picture:
+            with Image.open(file(stored)) as picture:
                 small = picture.convert("RGB")
         except OSError:  # also a file that is no picture; it is linked, and the page says that it cannot be shown
             continue

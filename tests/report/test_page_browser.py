@@ -1,5 +1,6 @@
 """The page in headless Chromium: without errors, by keyboard alone, in both themes, wide and narrow, offline."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,6 +148,7 @@ def test_everything_can_be_reached_by_keyboard(chromium: "playwright.Browser", p
         "draft, after 128 queries: a cat",
     ]
     assert first.locator("img").evaluate_all("images => images.every((image) => image.naturalWidth > 0)")
+    assert not re.search("null|undefined|NaN", page.locator("#explorer").inner_text())
     keys.press("Tab")
     assert page.evaluate("document.activeElement.id") == "step"
     told = []

@@ -509,13 +509,15 @@ function explore(data) {
     filter.addEventListener("input", () => { state.filter = filter.value; state.page = 0; showPairs(); });
     const turn = (id, by, text, name) => node("button", { type: "button", id, "aria-label": name, onclick: () => { state.page += by; showPairs(); } }, text);
     detail.hidden = false;
+    const stop = found.length === 1 ? node("p", { class: "empty" }, "This cell has no stored pictures.") : along ? "" : node("p", { class: "note" }, "No pictures along training were stored for this cell: the slider goes from the base model to the end.");
+    const places = Math.max(decimals((gain.interval[2] - gain.interval[1]) / 2), 2);
     detail.replaceChildren(
       node("h3", { tabindex: -1, id: "detail-title" }, swatch(arm), node("bdi", {}, arm.label), `, seed ${gain.seeds[i]}`),
-      node("p", {}, `${data.relation[0].toUpperCase()}${data.relation.slice(1)} ${reward.name}; final gain ${fixed(gain.values[i], decimals((gain.interval[2] - gain.interval[1]) / 2))} ${reward.unit} on held-out prompts. Under each picture its score by ${reward.name}; both pictures of a pair have the same prompt and initial latent.`),
+      node("p", {}, `${data.relation[0].toUpperCase()}${data.relation.slice(1)} ${reward.name}; final gain ${fixed(gain.values[i], places)} ${reward.unit} on held-out prompts. Under each picture its score by ${reward.name}; both pictures of a pair have the same prompt and initial latent.`),
       node("div", { class: "tools" },
         node("div", { class: "slider" }, node("label", { for: "step" }, "Training"), slider, told),
         node("div", { class: "filter" }, node("label", { for: "filter" }, "Prompts"), filter, turn("back", -1, "‹", "Previous prompts"), node("span", { id: "count", role: "status" }), turn("forth", 1, "›", "Next prompts"))),
-      found.length === 1 ? node("p", { class: "empty" }, "This cell has no stored pictures.") : along ? null : node("p", { class: "note" }, "No pictures along training were stored for this cell: the slider goes from the base model to the end."),
+      stop,
       node("div", { id: "pairs" }),
       node("button", { type: "button", class: "quiet", onclick: focusPoint }, "Back to the chart"));
     tell();

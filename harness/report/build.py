@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from harness.report import account, findings, gradient_tables, mixes, narrative, tables, uses
+from harness.report import account, findings, gradient_tables, mixes, narrative, regression, tables, uses
 from harness.report import formatting as f
 from harness.report.analysis import Analysis, analyse
 from harness.report.captions import Drawn
@@ -131,6 +131,7 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "tradeoffs": figures.tradeoffs,
         "costs": account.costs(analysis),
         "generation": account.generation(analysis),
+        "regression": regression.regression(run),
         "arms": _arms(analysis),
         "settings": account.settings(run),
         "glossary": account.glossary(analysis),

@@ -77,6 +77,7 @@ class Run:
         cells: Trained cells in the order of the plan. ``base``: the base model's.
         scores, metrics, updates: Rows of all cells that count, in a fixed order.
         probes: Rows of gradients measured at points of training (empty where the run asked for none).
+        comparison: What `compare` found last (empty where it was never called).
         mixed, mixes: Scores of adapters mixed from several rewards', and the mix.json of each.
         timing: Seconds and memory of each arm alone in a fresh process, by label (empty where not measured).
         judged: The split that results are about: held-out, or the last one evaluated in a run without it (tuning);
@@ -96,6 +97,7 @@ class Run:
     probes: pd.DataFrame = field(default_factory=pd.DataFrame)
     mixed: pd.DataFrame = field(default_factory=pd.DataFrame)
     mixes: tuple[Mapping[str, Any], ...] = ()
+    comparison: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -224,6 +226,7 @@ def load_run(folder: Path) -> Run:
         judged,
         _tables(folder, counted, "probes.parquet", PROBE_COLUMNS),
         *load_mixes(folder),
+        _read_json(folder / "comparison.json"),
     )
 
 

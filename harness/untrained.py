@@ -26,7 +26,7 @@ from harness.metering import Generate, Meter, MeteredModel, Tally
 from harness.picture_metrics import appearance_rows, curve_rows
 from harness.records import write_final, write_metrics, write_status
 from harness.sampling import generate
-from harness.watching import START
+from harness.watching import END, START
 from harness.workshop import Progress, Workshop
 
 
@@ -118,7 +118,7 @@ class _Untrained:
         store.write_json(directory / "identity.json", self.workshop.grid.identity(self.cell))
         keep = self.workshop.keep_images or latents is None
         write_final(evaluator, directory, self.identity, {}, evaluated, pictures, latents, keep_images=keep)
-        curve = self._on_the_curve(pictures, latents) if self.kind == "base" and latents is not None else []
+        curve = self._on_the_curve(pictures, latents) if latents is not None else []
         write_metrics(directory, self.identity, [*diversity, *appearance_rows(pictures, evaluated)], curve)
         seconds = {"train": 0.0, "evaluate": time.perf_counter() - self.clock}
         write_status(
@@ -137,7 +137,9 @@ class _Untrained:
         return state
 
     def _on_the_curve(self, pictures: Pictures, latents: NDArray[np.float32]) -> list[dict[str, Any]]:
-        """Full rows of the base model's metrics on the pictures of every cell's curve."""
-        places = curve_places(self.workshop.evaluator)
-        rows = curve_rows(self.workshop.evaluator, pictures[places], latents[places], None)
-        return [{**self.identity, "variant": "default", "point": START, **row} for row in rows]
+        """Full rows of metrics on the pictures of the trained cells' curves, at their start or their end."""
+        evaluator, base = self.workshop.evaluator, self.kind == "base"
+        places = curve_places(evaluator)
+        before = None if base else self.workshop.base_reference(self.directory.parent).latents
+        rows = curve_rows(evaluator, pictures[places], latents[places], before)
+        return [{**self.identity, "variant": "default", "point": START if base else END, **row} for row in rows]

@@ -134,7 +134,7 @@ def watch_cell(
         looks: Points planned, the end included.
     """
     points = _ordered({START} | {_name(p) for p in scores["point"].unique()})
-    rewards = [name for name in roles if name in terms or name in witnesses_of(terms, roles)]
+    rewards = [name for name in dict.fromkeys([*terms, *witnesses_of(terms, roles)]) if name != DIVERSITY]
     before = {str(p) for p in base_scores["prompt_id"].unique()} | {str(p) for p in base_metrics["prompt_id"].unique()}
     prompts = sorted(before | {str(p) for p in scores["prompt_id"].unique()})
     table = np.full((len(rewards), len(points), len(prompts), latents), np.nan)
@@ -146,10 +146,9 @@ def watch_cell(
         mine = rows[rows["metric"] == DIVERSITY].rename(columns={"metric": "reward", "value": "score"})
         _fill(distance, mine.assign(noise_id=0), start, [DIVERSITY], points, prompts)
     arrays[DIVERSITY] = distance[0, :, :, 0]
-    empty = np.full((len(points), len(prompts)), np.nan)
-    reward = np.zeros_like(empty)
+    reward = np.zeros((len(points), len(prompts)))
     for name, weight in terms.items():
-        reward = reward + weight * arrays.get(name, empty)
+        reward = reward + weight * arrays[name]
     wanted = [name for name in witnesses_of(terms, roles) if np.isfinite(arrays[name]).any() or name == DIVERSITY]
     if latents < 2:
         wanted.remove(DIVERSITY)

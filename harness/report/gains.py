@@ -217,9 +217,17 @@ class Gains:
         variant: str = DEFAULT_VARIANT,
         point: str | None = FINAL,
     ) -> pd.DataFrame:
-        """Scored pictures of an arm with `base` and `gain`, where the base has the same picture; None: all points."""
+        """Scored pictures of an arm with `base` and `gain`, where the base has the same picture.
+
+        ``point``: `end` is the end of training on the pictures that the curve has, too; None: all points.
+        """
         rows = self._groups.rows((variant, arm, training_reward, reward, split))
         rows = rows[rows["base"].notna()]
+        if point == END:
+            along = rows[rows["point"] != FINAL][["prompt_id", "noise_id"]].drop_duplicates()
+            last = rows[rows["point"] == FINAL]
+            shared = pd.MultiIndex.from_frame(along)
+            return last[pd.MultiIndex.from_frame(last[["prompt_id", "noise_id"]]).isin(shared)] if len(along) else last
         return rows if point is None else rows[rows["point"] == point]
 
     def curve(self, arm: str, training_reward: str, reward: str, *, split: str = HELD_OUT) -> Curve:
@@ -298,10 +306,10 @@ class Gains:
         along = sorted((point for point in seen - {END, FINAL}), key=float)
         return (*along, *([last] if last in seen else []))
 
-    def base_metric(self, name: str) -> float:
-        """The base model's mean over prompts of a metric; NaN where it has none."""
+    def base_metric(self, name: str, *, point: str = FINAL) -> float:
+        """The base model's mean over prompts of a metric, also at `0`; NaN where it has none."""
         table = self.run.metrics
-        mine = table[(table["metric"] == name) & (table["arm"] == BASE) & (table["point"] == FINAL)]
+        mine = table[(table["metric"] == name) & (table["arm"] == BASE) & (table["point"] == point)]
         return float(mine["value"].mean()) if len(mine) else float("nan")
 
 

@@ -47,8 +47,12 @@ def _heavy(rng: np.random.Generator, points: int, prompts: int) -> Array:
     return draw(rng, (WITNESSES, points + 1, prompts), "heavy tails").cumsum(axis=1)
 
 
-def _skewed(rng: np.random.Generator, points: int, prompts: int) -> Array:
+def _few_rise(rng: np.random.Generator, points: int, prompts: int) -> Array:
     return draw(rng, (WITNESSES, points + 1, prompts), "skewed").cumsum(axis=1)
+
+
+def _few_fall(rng: np.random.Generator, points: int, prompts: int) -> Array:
+    return -_few_rise(rng, points, prompts)
 
 
 def _accuracy(rng: np.random.Generator, points: int, prompts: int) -> Array:
@@ -76,7 +80,8 @@ NULLS = (
     Story("right or wrong, many ties", _accuracy),
     Story("half the prompts missing", _missing),
 )
-SKEWED = Story("skewed changes", _skewed)
+MOST_FALL = Story("most fall a little, few rise much", _few_rise)
+FEW_FALL = Story("most rise a little, few fall much", _few_fall)
 
 
 def rising(points: int, prompts: int) -> Array:

@@ -16,6 +16,7 @@ from harness.api import UserError
 from harness.config import resolve
 from harness.estimate import describe_cost
 from harness.grid import Grid
+from harness.metrics.appearance import AXES
 from harness.progress import status_lines
 from harness.registry import discover
 from harness.report.build import build_report
@@ -100,7 +101,8 @@ def test_records_are_those_of_an_evaluation_alone(place: Bench) -> None:
         assert set(scores["point"]) == {"final"}
         assert not scores[["iteration", "queries", "denoiser_rows", "train_seconds"]].to_numpy().any()
         metrics = pd.read_parquet(cell / "metrics.parquet")
-        assert set(metrics["metric"]) == {"vendi", "pairwise_distance", "drift_latent_rms"}
+        assert set(metrics["metric"]) == {"vendi", "pairwise_distance", "drift_latent_rms", *AXES}
+        assert set(metrics["point"]) == {"end", "final"}
         assert {path.name for path in cell.iterdir()} == {
             "identity.json", "status.json", "scores.parquet", "metrics.parquet", "latents.npz", "images",
         }  # fmt: skip

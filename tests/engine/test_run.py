@@ -20,6 +20,7 @@ from harness.config import resolve
 from harness.errors import UserError
 from harness.executors.local import run_cells
 from harness.grid import Grid
+from harness.metrics.appearance import AXES
 from harness.registry import load_reward, load_suite, reward_names
 from tests.engine.fakes import Bench, assert_same_cell, assert_same_run, settings, updates
 
@@ -76,7 +77,8 @@ def test_gains_are_differences_of_identical_pairs(bench: Bench) -> None:
         variants = {"own-sampler", "own-sampler-base"} if arm == "ddpo" else set()
         assert set(own.index.get_level_values("variant")) == variants
         metrics = pd.read_parquet(cell(run, arm) / "metrics.parquet")
-        assert set(metrics["metric"]) == {"vendi", "pairwise_distance", "drift_latent_rms"}
+        final_metrics = set(metrics.loc[metrics["point"] == "final", "metric"])
+        assert final_metrics == {"vendi", "pairwise_distance", "drift_latent_rms", *AXES}
 
 
 def test_drift_is_that_of_the_prompt_it_is_filed_under(bench: Bench) -> None:
@@ -86,7 +88,8 @@ def test_drift_is_that_of_the_prompt_it_is_filed_under(bench: Bench) -> None:
     expected = np.sqrt(((latents[0] - latents[1]).astype(np.float64) ** 2).mean((1, 2, 3))).reshape(-1, 2).mean(1)
     suite = store.read_json(run / "run.json")["suite"]["evaluated"]
     metrics = pd.read_parquet(cell(run, "draft") / "metrics.parquet")
-    drift = metrics[metrics["metric"] == "drift_latent_rms"].set_index("prompt_id")["value"]
+    mine = metrics[(metrics["metric"] == "drift_latent_rms") & (metrics["point"] == "final")]
+    drift = mine.set_index("prompt_id")["value"]
     assert list(drift.index) == [*suite["training"], *suite["held-out"]]
     np.testing.assert_allclose(drift.to_numpy(), expected, rtol=1e-6)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from harness.report import account, findings, gradient_tables, mixes, narrative, regression, tables, uses
+from harness.report import account, findings, gradient_tables, mixes, narrative, regression, speed, tables, uses, watch
 from harness.report import formatting as f
 from harness.report.analysis import Analysis, analyse
 from harness.report.captions import Drawn
@@ -93,6 +93,7 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         for reward in scored
     ]
     every = [judgement for found in analysis.secondary.values() for judgement in found]
+    watched = watch.section(analysis)
     return {
         "title": f.markdown(_title(analysis)),
         "scope": narrative.scope(analysis),
@@ -103,10 +104,16 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "detectable": smallest_detectable(analysis),
         "outcomes_lead": "Against the base model, on the same prompts and latents:",
         "outcomes": narrative.outcomes(analysis),
-        "warnings": narrative.warnings(analysis),
+        "warnings": [*narrative.warnings(analysis), *watched["marks"]],
+        "watch": watched,
         "pictures": figures.pictures,
         "samples": figures.pictures[1:],  # the first stands at the top: people look at pictures before tables
         "headline": tables.headline(analysis),
+        "prices": tables.prices(analysis),
+        "differences": figures.differences,
+        "probabilities": figures.probabilities,
+        "profile": figures.profile,
+        "speed": speed.speed(analysis),
         "comparisons": tables.comparisons(analysis),
         "reference": f.markdown(run.reference),
         "forest": figures.forest,

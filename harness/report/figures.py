@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from harness.report.analysis import Analysis
 from harness.report.captions import Drawn
+from harness.report.differences import differences, probabilities, profile
 from harness.report.forest import forest
 from harness.report.gradients import norms_figure
 from harness.report.heatmap import heatmap
@@ -31,12 +32,16 @@ class Figures:
     pictured: tuple[str, ...]
     gradients: Drawn | None
     variance: Drawn | None
+    differences: Drawn | None
+    probabilities: Drawn | None
+    profile: Drawn | None
 
     @property
     def every(self) -> tuple[Drawn, ...]:
         """All figures there are."""
         single = (self.forest, self.curves, self.matrix, self.tradeoffs, self.gradients, self.variance)
-        return (*(figure for figure in single if figure is not None), *self.pictures)
+        pairs = (self.differences, self.probabilities, self.profile)
+        return (*(figure for figure in (*single, *pairs) if figure is not None), *self.pictures)
 
 
 def draw(analysis: Analysis) -> Figures:
@@ -55,4 +60,7 @@ def draw(analysis: Analysis) -> Figures:
         tuple(kept),
         norms_figure(analysis.run.probes, analysis.run.arms, rewards[0], "fig-06-gradients"),
         variance_figure(analysis, "fig-10-variance"),
+        differences(analysis, "fig-07-differences"),
+        probabilities(analysis, "fig-08-probabilities"),
+        profile(analysis, "fig-09-profile"),
     )

@@ -23,7 +23,7 @@ def forest(analysis: Analysis, name: str) -> Drawn:
     rewards = [r for r in analysis.run.training_rewards if r in analysis.rewards]
     panels = [[reward, *analysis.witnesses(reward)] for reward in rewards]
     arms = analysis.run.arms
-    height = 0.95 + 0.5 * len(arms)
+    height = 0.95 + (0.5 if len(arms) <= 8 else 0.34) * len(arms)
     columns = max(map(len, panels), default=1)
     figure = Figure(figsize=(1.3 + 3.1 * columns, max(height * len(panels), 1.2) + 0.1), layout=roomy())
     grid = figure.subplots(max(len(panels), 1), columns, squeeze=False)
@@ -131,14 +131,15 @@ def _arm(axes: Axes, y: int, gain: Gain, look: Look) -> None:
     else:
         axes.text(0.5, y, "no data", transform=axes.get_yaxis_transform(), ha="center", va="center", color=GREY)
     heights = y + np.linspace(-SPREAD, SPREAD, max(len(gain.values), 1)) if len(gain.values) > 1 else [y]
-    for value, height, state in zip(gain.values, heights, gain.states, strict=True):
-        if np.isfinite(value):
-            face = "white" if state == "diverged" else look.colour
-            edge = look.colour if state == "diverged" else "white"
-            axes.plot(
-                value, height, look.marker, markersize=5.5, markerfacecolor=face, markeredgecolor=edge,
-                markeredgewidth=0.7 if face != "white" else 1.2, zorder=4,
-            )  # fmt: skip
+    broken = np.array([state == "diverged" for state in gain.states], dtype=bool)
+    for chosen, face, edge, width in (
+        (~broken, look.colour, "white", 0.7),
+        (broken, "white", look.colour, 1.2),
+    ):
+        axes.plot(
+            gain.values[chosen], np.asarray(heights)[chosen], look.marker, markersize=5.5, markerfacecolor=face,
+            markeredgecolor=edge, markeredgewidth=width, linestyle="none", zorder=4,
+        )  # fmt: skip
 
 
 def _alt(analysis: Analysis, panels: list[list[str]]) -> str:

@@ -72,35 +72,35 @@ def headline(analysis: Analysis) -> Table:
     gold = analysis.gold()[:1]
     base_vendi = analysis.gains.base_metric(DIVERSITY)
     target = rewards[0] if len(rewards) == 1 else "training rewards"
-    headers = ["method", f"gain on {f.markdown(target)} (base SD)"]
+    drift = drift_metric(analysis)
+    headers = ["method", f"gain on {f.markdown(target)} (base SD)", "all other rewards (base SD)"]
     headers += ["held-out measure (base SD)"] * bool(witnesses)
     headers += [f"{f.markdown(name)} (gold)" for name in gold]
-    headers += ["diversity (Vendi)"] * bool(np.isfinite(base_vendi))
-    headers += ["reward queries", "training time (s)", "seeds"]
-    first: list[str] = ["base model", "0"] + ["0"] * bool(witnesses)
+    headers += ["diversity (Vendi, of the base's)"] * bool(np.isfinite(base_vendi))
+    headers += [DRIFTS[drift]] * bool(drift)
+    headers += ["seeds"]
+    first: list[str] = ["base model", "0", "0"] + ["0"] * bool(witnesses)
     first += [f.significant(analysis.final(run.arms[0], rewards[0], name).base_mean) for name in gold if rewards]
-    first += [f.fixed(base_vendi, 2)] * bool(np.isfinite(base_vendi)) + [f.DASH] * 3
+    first += [f"1 (score {f.fixed(base_vendi, 2)})"] * bool(np.isfinite(base_vendi)) + ["0"] * bool(drift) + [f.DASH]
     rows, data = [tuple(first)], []
     for arm in run.arms:
         intervals = {"gain": analysis.pooled(arm, [(reward, reward) for reward in rewards])}
+        intervals["off-target"] = analysis.matrices[arm].off_target
         if witnesses:
             intervals["held-out"] = analysis.pooled(arm, witnesses)
         for name in gold:
             intervals[name] = analysis.pooled(arm, [(reward, name) for reward in rewards], standardise=False)
         row = [arm_name(run, arm), *(f.estimate(interval) for interval in intervals.values())]
         vendi = seed_t([analysis.diversity(arm, reward) for reward in run.training_rewards])
-        row += [f.estimate(vendi, sign=False)] * bool(np.isfinite(base_vendi))
+        ratio = f.scaled(vendi, 1 / base_vendi) if base_vendi > 0 else vendi
+        row += [f.estimate(ratio, sign=False)] * bool(np.isfinite(base_vendi))
+        drifted = seed_t([analysis.gains.metric(arm, reward, drift) for reward in run.training_rewards])
+        row += [f.estimate(drifted, sign=False)] * bool(drift)
         cells = [cell for cell in run.cells if cell.arm == arm]
-        if arm in run.inference:
-            row += [f"{f.count(_mean(cells, 'queries', 'generation_cost'))} a picture", f.DASH]
-        elif arm in run.given:
-            row += [f.DASH, f.DASH]
-        else:
-            row += [f.count(_mean(cells, "queries")), f.spread(_seconds(cells))]
         row.append(seeds_text(analysis, arm))
         rows.append(tuple(row))
         record: dict[str, object] = {"arm": arm}
-        for name, interval in {**intervals, "vendi": vendi}.items():
+        for name, interval in {**intervals, "vendi": vendi, "vendi ratio": ratio, drift or "drift": drifted}.items():
             record |= {name: interval.estimate, f"{name} low": interval.low, f"{name} high": interval.high}
         record |= {"queries": _mean(cells, "queries"), "train_seconds": _average(_seconds(cells))}
         record["queries a picture"] = _mean(cells, "queries", "generation_cost")
@@ -108,9 +108,52 @@ def headline(analysis: Analysis) -> Table:
             record | {state: sum(c.state == state for c in cells) for state in STATES} | {"planned": len(cells)}
         )
     note = "Gains over the base model on held-out prompts, mean over training seeds with 95 % t interval."
+    note += " All other rewards: the mean over everything scored that was not trained on."
+    if drift == DRIFT:
+        note += " Drift: root mean square distance of final latents to the base model's from the same latents; the "
+        note += "sampler of the evaluation is deterministic, so that a path KL is not defined."
     if len(rewards) > 1:
         note += " Equal-weight mean over the training rewards, which are these and no sample of others."
     return Table("table-1-headline", tuple(headers), tuple(rows), pd.DataFrame(data), note + inference_note(run))
+
+
+PATH_KL, DRIFT = "path_kl", "drift_latent_rms"
+DRIFTS = {PATH_KL: "path KL to the base", DRIFT: "drift from the base"}
+
+
+def drift_metric(analysis: Analysis) -> str:
+    """How far models moved: the path KL where it was recorded, else the drift of latents; empty without either."""
+    return next((name for name in DRIFTS if analysis.gains.metric_points(name)), "")
+
+
+def prices(analysis: Analysis) -> Table:
+    """T1, second half: what each method spent, and what may be said about it."""
+    run = analysis.run
+    headers = ("method", "reward queries", "training time (s)", "adjusted p", "P(better)", "verdict")
+    found = {j.arm: j for j in analysis.primary}
+    rows, data = [], []
+    for arm in run.arms:
+        cells = [cell for cell in run.cells if cell.arm == arm]
+        spent = (f.count(_mean(cells, "queries")), f.spread(_seconds(cells)))
+        if arm in run.inference:
+            spent = (f"{f.count(_mean(cells, 'queries', 'generation_cost'))} a picture", f.DASH)
+        elif arm in run.given:
+            spent = (f.DASH, f.DASH)
+        said: tuple[str, ...] = (f.DASH, f.DASH, "the reference")
+        j = found.get(arm)
+        if j:
+            said = (f.p_value(j.adjusted_p), f.estimate(j.probability, sign=False), verdict_text(j))
+        rows.append((arm_name(run, arm), *spent, *said))
+        record: dict[str, object] = {"arm": arm, "queries": _mean(cells, "queries")}
+        record |= {"train_seconds": _average(_seconds(cells))}
+        if j:
+            record |= {"adjusted_p": j.adjusted_p, "verdict": j.verdict.value} | bounds("p_better", j.probability)
+        data.append(record)
+    note = (
+        f"Adjusted p (Holm), P(better) and verdict: against {f.markdown(run.reference)}, by the gain on the training "
+        "reward; all numbers of these tests are in the next table."
+    )
+    return Table("table-1-prices", headers, tuple(rows), pd.DataFrame(data), note + inference_note(run))
 
 
 STATES = ("completed", "diverged", "crashed", "running", "planned")
@@ -216,7 +259,7 @@ def pairwise(analysis: Analysis, training_reward: str) -> Table:
     """T3: all pairs of methods on one training reward."""
     headers = (
         *("pair", f"difference ({f.markdown(analysis.unit(training_reward))})", "difference (base SD)"),
-        *("p", "adjusted p", "P(better)", "verdict"),
+        *("p", "adjusted p (smallest possible)", "P(better)", "found with 80 % power from (base SD)", "verdict"),
     )
     sd = analysis.gains.sd(training_reward)
     found = analysis.secondary[training_reward]
@@ -226,9 +269,10 @@ def pairwise(analysis: Analysis, training_reward: str) -> Table:
             f.estimate(f.scaled(j.difference, sd)),
             f.estimate(j.difference),
             f.p_value(j.comparison.p),
-            f.p_value(j.adjusted_p),
+            f"{f.p_value(j.adjusted_p)} ({f.p_value(j.smallest_adjusted_p) if j.smallest_adjusted_p else 'any'})",
             f.estimate(j.probability, sign=False),
-            verdict_text(j),
+            f.significant(j.detectable, 2),
+            j.verdict.value,
         )
         for j in found
     )

@@ -35,7 +35,7 @@ def band(values: ArrayLike, *, level: float = 0.95) -> tuple[Interval, ...]:
     """Pointwise t interval at each of the G grid points of (S, G) values.
 
     All points hold together far less often than each one: at twenty points a 95 % band contains the whole curve in
-    about two of three cases.
+    about half of all cases (`docs/statistics.md`).
     """
     return tuple(seed_t(column, level=level) for column in np.asarray(values, dtype=np.float64).T)
 

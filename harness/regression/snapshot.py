@@ -200,7 +200,7 @@ def _digest(lines: list[str]) -> str:
 
 def text_of(snapshot: Snapshot) -> str:
     """The snapshot as JSON: one line for each cell, so that a change of a file can be read as a difference."""
-    content = {"schema": BASELINE_SCHEMA, **asdict(snapshot)}
+    content = {"baseline schema": BASELINE_SCHEMA, **asdict(snapshot)}
     content["pairs"] = [list(pair) for pair in snapshot.pairs]
     cells = content.pop("cells")
     del content["missing"]
@@ -217,8 +217,8 @@ def read(path: Path) -> Snapshot:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        schema = content.get("schema")
-    except (ValueError, AttributeError):
+        schema = content["baseline schema"]
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} holds no baseline; save one with `python -m harness baseline save RUN NAME`") from None
     if schema != BASELINE_SCHEMA:
         raise UserError(f"{path}: a baseline of schema {schema!r}; this version reads {BASELINE_SCHEMA}: save it again")

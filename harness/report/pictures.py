@@ -12,10 +12,11 @@ from PIL import Image
 from harness.report.analysis import Analysis
 from harness.report.captions import Drawn
 from harness.report.formatting import fixed, joined
+from harness.report.glyphs import readable
 from harness.report.records import BASE, HELD_OUT
 from harness.report.style import DPI, GREY, PALE, looks
 
-PROMPTS = 8
+PROMPTS, METHODS = 8, 10
 TILE, GAP = 192, 8
 LEFT, TOP, UNDER = 150, 62, 22
 LABEL_WIDTH = 26
@@ -36,7 +37,8 @@ def picture_grid(analysis: Analysis, training_reward: str, name: str) -> Drawn |
     run = analysis.run
     prompts = run.prompts("held-out")[:PROMPTS]
     lines = [Line(BASE, run.base.name, -1)]
-    for arm in run.arms:
+    shown = methods_shown(analysis, training_reward)
+    for arm in shown:
         seed = median_seed(analysis, arm, training_reward)
         cells = {cell.seed: cell.name for cell in run.cells_of(arm, training_reward)}
         if seed is not None:
@@ -54,11 +56,26 @@ def picture_grid(analysis: Analysis, training_reward: str, name: str) -> Drawn |
         f"first latent of the noise bank, and of each method the seed with the median final {training_reward} "
         f"({seeds})."
     )
+    if len(shown) < len(run.arms):
+        caption += (
+            f" Of {len(run.arms)} methods {run.reference} and the {len(shown) - 1} with the largest mean gain; "
+            "pictures of all are in the run's directory."
+        )
     alt = (
         f"Grid of pictures: base model and {joined([line.arm for line in lines[1:]])} {run.relation} "
         f"{training_reward}, for {len(prompts)} held-out prompts. Mean score of the row: " + _means(data) + "."
     )
     return Drawn(name, f"Pictures {run.relation} {training_reward}", figure, data, caption, alt, vector=False)
+
+
+def methods_shown(analysis: Analysis, training_reward: str) -> tuple[str, ...]:
+    """All methods in their order; of more than `METHODS` the reference and those with the largest mean gain."""
+    arms = analysis.run.arms
+    if len(arms) <= METHODS:
+        return arms
+    gains = {arm: analysis.final(arm, training_reward).interval.estimate for arm in arms}
+    best = sorted(arms, key=lambda arm: (arm != analysis.run.reference, not np.isfinite(gains[arm]), -gains[arm]))
+    return tuple(arm for arm in arms if arm in best[:METHODS])
 
 
 def median_seed(analysis: Analysis, arm: str, training_reward: str) -> int | None:
@@ -114,7 +131,7 @@ def _draw(analysis: Analysis, lines: list[Line], prompts: list[str], data: pd.Da
     for i, line in enumerate(lines):
         y = TOP + i * (TILE + UNDER + GAP)
         colour = look[line.arm].colour if line.arm in look else "black"
-        label = "base model" if line.arm == BASE else f"{_short(line.arm)}\nseed {line.seed}"
+        label = "base model" if line.arm == BASE else f"{_short(readable(line.arm))}\nseed {line.seed}"
         axes.text(LEFT - 12, y + TILE / 2, label, ha="right", va="center", fontsize=9, color=colour, fontweight="bold")
         for j in range(len(prompts)):
             cell = cells[i * len(prompts) + j]
@@ -128,7 +145,7 @@ def _draw(analysis: Analysis, lines: list[Line], prompts: list[str], data: pd.Da
                 text = fixed(float(cell["score"]), 2, sign=True)
                 axes.text(x + TILE / 2, y + TILE + 3, text, ha="center", va="top", fontsize=7.5, color=GREY)
     for j in range(len(prompts)):
-        text = _wrapped(str(cells[j]["prompt"]))
+        text = _wrapped(readable(str(cells[j]["prompt"])))
         axes.text(LEFT + j * (TILE + GAP) + TILE / 2, TOP - 8, text, ha="center", va="bottom", fontsize=8)
     axes.imshow(np.asarray(canvas), extent=(0, width, height, 0), interpolation="none", zorder=0)
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
+
+from harness.report.glyphs import FONT, make_readable
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, without yellow
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -46,7 +47,7 @@ def looks(arms: Sequence[str]) -> dict[str, Look]:
 def drawing() -> Iterator[None]:
     """Settings that hold while figures are drawn and written."""
     settings: dict[Any, Any] = {
-        "font.family": "DejaVu Sans",
+        "font.family": FONT,
         "font.size": 9,
         "axes.titlesize": 10,
         "axes.titleweight": "bold",
@@ -77,8 +78,7 @@ def drawing() -> Iterator[None]:
         "svg.hashsalt": "draft-bench",
         "svg.fonttype": "path",
     }
-    with mpl.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(settings)
         yield
@@ -90,6 +90,7 @@ def write_figure(figure: Figure, path: Path, *, vector: bool = True) -> None:
     Files stay small: a figure that has no SVG is made of pictures, which do not get sharper with more pixels; the
     others have few colours, so that a palette of 256 does.
     """
+    make_readable(figure)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # placed once: every format gets the same layout
     png = path.with_suffix(".png")

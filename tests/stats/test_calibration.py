@@ -1,7 +1,7 @@
 """Simulations in which the truth is known: intervals cover as stated and tests reject no more than stated.
 
 Every check has a margin of three standard errors of the simulation; one estimator that takes pictures for
-repetitions must fail the check that the others pass.
+repetitions must fail the check that the others pass. This is the quick selection; `tests/calibration` is the whole.
 """
 
 import numpy as np

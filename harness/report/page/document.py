@@ -12,6 +12,7 @@ from markdown_it.token import Token
 
 IMAGE = re.compile(r'(<img\b[^>]*?\bsrc=")([^"]*)(")')
 BRACKETS = re.compile(r"\[[^\[\]<>]{1,40}\]")  # intervals stay on one line
+PROSE = 48  # characters: a cell with more is read as sentences, and not squeezed into a narrow column
 ALIGNED = "text-align:right"
 
 
@@ -154,6 +155,8 @@ def _label_tables(tokens: list[Token]) -> None:
         elif token.type in ("th_open", "td_open"):
             if token.attrs.pop("style", "") == ALIGNED:
                 token.attrSet("class", "number")
+            elif len(tokens[i + 1].content) > PROSE:
+                token.attrSet("class", "prose")
             if token.type == "th_open":
                 token.attrSet("scope", "col")
             elif first:

@@ -467,7 +467,7 @@ function explore(data) {
     if (!has(point, place)) return node("div", { class: "missing" }, "not stored");
     const inside = point.pictures[place];
     const path = [data.root, ...["cells", cell, "images", point.point, `${identity}--${noise}.png`].map(encodeURIComponent)].join("/");
-    const image = node("img", { alt: `${text}: ${prompt}`, loading: "lazy", src: inside ? `data:image/webp;base64,${inside}` : path });
+    const image = node("img", { alt: `${text}: ${prompt}`, loading: inside ? "eager" : "lazy", src: inside ? `data:image/webp;base64,${inside}` : path });
     image.addEventListener("error", () => image.replaceWith(node("div", { class: "missing" }, "The run’s folder is not beside this page.")));
     return image;
   }

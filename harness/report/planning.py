@@ -14,7 +14,6 @@ from harness.report.analysis import Analysis, analyse
 from harness.report.gains import arrange
 from harness.report.narrative import ALPHA
 from harness.report.records import HELD_OUT, Run
-from harness.stats.power import pilot_inflation
 from harness.stats.seed_means import SeedScores
 from harness.stats.variance import Contrast, contrast
 
@@ -31,7 +30,6 @@ class Question:
         contrast: its variance components.
         strata: training rewards within which a permutation test relabels seeds; 0 where a t test decides.
         family: comparisons that Holm's adjustment holds together.
-        inflation: factor on SDs over seeds that reaches the true ones in 80 of 100 pilots like this.
     """
 
     arm: str
@@ -41,14 +39,13 @@ class Question:
     contrast: Contrast
     strata: int
     family: int
-    inflation: float
 
     def seeds(self, difference: float, design: Design, *, unseen: bool, holm: bool, assured: bool) -> int | None:
         """Seeds per arm that find a difference with 80 % power; None where no number does.
 
         For unseen prompts at least as many as for this suite: prompts that vary also add degrees of freedom.
         """
-        found = self.contrast.inflated(self.inflation) if assured else self.contrast
+        found = self.contrast.inflated(self.contrast.inflation) if assured else self.contrast
         alpha = ALPHA / self.family if holm else ALPHA
         # An exact permutation test cannot reject below this, however large the difference.
         fewest = self._fewest(alpha)
@@ -251,7 +248,7 @@ def questions(found: Pilot) -> tuple[Question, ...]:
             reward = pooled[0] if len(pooled) == 1 else f"mean of {len(pooled)} rewards"
             strata = len(pooled) if primary and len(terms) == 2 * len(pooled) else 0
             size = family if primary else families
-            result.append(Question(arm, name, reward, primary, parts, strata, size, _inflation(parts)))
+            result.append(Question(arm, name, reward, primary, parts, strata, size))
     return tuple(result)
 
 
@@ -273,13 +270,6 @@ def less(scores: SeedScores, fixed: SeedScores) -> SeedScores:
     places = {(p, k): fixed.values[0, i, j] for i, p in enumerate(fixed.prompts) for j, k in enumerate(fixed.pictures)}
     shift = [[places.get((p, k), np.nan) for k in scores.pictures] for p in scores.prompts]
     return SeedScores(scores.values - np.array(shift)[None], scores.seeds, scores.prompts, scores.pictures)
-
-
-def _inflation(parts: Contrast) -> float:
-    """Of the SD that all terms together give, by the degrees of freedom of their sum."""
-    first = parts.sides[0]
-    interval = parts.expected(min(side.seeds for side in parts.sides), first.prompts, first.latents, unseen=False)
-    return pilot_inflation(interval.df + 1) if math.isfinite(interval.df) else float("nan")
 
 
 def _cost(run: Run, arm: str, reward: str) -> list[CellCost]:

@@ -61,7 +61,8 @@ def test_needed_seeds_find_the_difference_and_one_less_does_not(tmp_path: Path) 
     assured = question.seeds(0.5, found.design, unseen=False, holm=True, assured=True)
     assert assured is not None
     assert assured > seeds
-    assert question.contrast.inflation == pytest.approx(1.3, abs=0.15)  # of two arms of five seeds: 4 to 8 degrees of freedom
+    # Of two arms of five seeds: 4 to 8 degrees of freedom.
+    assert question.contrast.inflation == pytest.approx(1.3, abs=0.15)
     unseen = question.seeds(0.5, found.design, unseen=True, holm=True, assured=False)
     assert unseen is None or unseen >= seeds
 

@@ -12,6 +12,8 @@ from harness.cli import main
 from harness.regression.comparing import compare, record
 from harness.regression.snapshot import read, take
 from harness.report.build import build_report
+from harness.report.records import load_run
+from harness.report.regression import regression
 from tests.regression.runs import base_sd, edit_json, made, shifted
 
 
@@ -39,6 +41,13 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  
     return called
 
 
+def shown(run: Path) -> str:
+    """The report's table, with its note."""
+    table = regression(load_run(run))
+    assert table is not None
+    return f"{table.markdown} {table.note}"
+
+
 def test_save_and_compare(old: Path, call) -> None:  # type: ignore[no-untyped-def]
     """Pinned, the run is found by name; a loss exits with 1, is in the comment, and in the next report."""
     code, text = call("baseline", "save", old, "mine")
@@ -49,8 +58,7 @@ def test_save_and_compare(old: Path, call) -> None:  # type: ignore[no-untyped-d
     new = Path(shutil.copytree(old, old.with_name("new")))
     code, text = call("compare", new, "mine")
     assert (code, text.splitlines()[0]) == (0, "made-up-0a1b2c3d against mine: identical, all records are the same.")
-    report = build_report(new).read_text(encoding="utf-8")
-    assert "**identical** at a margin of 0.1 base SD" in report
+    assert "**identical** at a margin of 0.1 base SD" in shown(new)
 
     shifted(new, -0.5 * base_sd(old), "draft--*", spread=0.02)
     comment = old.parent / "comment.md"
@@ -67,7 +75,7 @@ def test_save_and_compare(old: Path, call) -> None:  # type: ignore[no-untyped-d
     assert "**WORSE** at a margin of 0.1 base SD" in report
 
     edit_json(new / "cells" / "base" / "status.json", lambda s: s.update(finished="2027-01-01T00:00:00Z"))
-    assert "compare it again" in build_report(new).read_text(encoding="utf-8")
+    assert "compare it again" in shown(new)
     assert call("compare", new, old)[0] == 1  # another run directory serves as well
 
 

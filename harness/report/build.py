@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,22 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     target = out if out is not None else run_dir / "report"
     analysis = analyse(load_run(run_dir))
+    with replacing(target) as folder:
+        _write(analysis, folder)
+    return target / REPORT
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `target` once all is written in it; on an error nothing changes."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(analysis, partial)
+        yield partial
         _replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target / REPORT
 
 
 def _replace(partial: Path, target: Path) -> None:
@@ -71,11 +79,11 @@ def _write(analysis: Analysis, folder: Path) -> None:
         figures = draw(analysis)
         for figure in figures.every:
             write_figure(figure.figure, folder / figure.name, vector=figure.vector)
-            _csv(figure.data, folder / f"{figure.name}.csv")
+            write_csv(figure.data, folder / f"{figure.name}.csv")
     content = _content(analysis, figures)
     for table in _tables_in(content):
-        _csv(table.data, folder / f"{table.name}.csv")
-    text = _tidy(_environment().get_template("report.md.j2").render(content))
+        write_csv(table.data, folder / f"{table.name}.csv")
+    text = tidy(environment().get_template("report.md.j2").render(content))
     (folder / REPORT).write_text(text, encoding="utf-8")
     write_page(analysis, text, folder)
 
@@ -205,15 +213,15 @@ def _tables_in(content: dict[str, Any]) -> list[Table]:
     return [found[name] for name in sorted(found)]
 
 
-def _environment() -> jinja2.Environment:
-    """Texts are escaped where they are made."""
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Templates of Markdown, with filters for figures, tables and lists; texts are escaped where they are made."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters["figure"] = _figure_text
-    environment.filters["table"] = _table_text
-    environment.filters["bullets"] = _bullets
-    return environment
+    made.filters["figure"] = _figure_text
+    made.filters["table"] = _table_text
+    made.filters["bullets"] = _bullets
+    return made
 
 
 def _figure_text(figure: Drawn) -> str:
@@ -235,11 +243,12 @@ def _bullets(items: Sequence[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
 
 
-def _csv(data: pd.DataFrame, path: Path) -> None:
+def write_csv(data: pd.DataFrame, path: Path) -> None:
+    """The same bytes for the same numbers."""
     data.to_csv(path, index=False, lineterminator="\n")
 
 
-def _tidy(text: str) -> str:
+def tidy(text: str) -> str:
     """At most one empty line in a row, one newline at the end."""
     lines: list[str] = []
     for line in text.splitlines():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
@@ -19,7 +19,7 @@ def readable(text: str) -> str:
     return "".join(_shown(letter, known) for letter in text)
 
 
-def _shown(letter: str, known: dict[int, int]) -> str:
+def _shown(letter: str, known: Mapping[int, object]) -> str:
     if letter in "\n " or (ord(letter) in known and unicodedata.category(letter) not in ("Cc", "Cf")):
         return letter
     if unicodedata.category(letter) in ("Cf", "Mn", "Me"):

@@ -47,11 +47,14 @@ def variance_figure(analysis: Analysis, name: str) -> Drawn | None:
     rows: list[dict[str, object]] = []
     for i, reward in enumerate(rewards):
         rows += _bars(figure.add_subplot(grid[i, 0]), found, reward, last=i == len(rewards) - 1)
-    axes = figure.add_subplot(grid[:, 1])
+    tall = 1 if len(found.varying) > 4 else 3  # rows of bars that the curves stand beside
+    axes = figure.add_subplot(grid[:tall, 1])
     rows += _curves(axes, found.design, primary, looks(analysis.run.arms))
     figure.legend(handles=_legend(), loc="outside upper left", ncols=5)
     data = pd.DataFrame(rows, columns=list(COLUMNS))
-    return Drawn(name, "Where the variance comes from", figure, data, _caption(found), _alt(found, data, primary))
+    return Drawn(
+        name, "Where the variance comes from", figure, data, _caption(found, len(primary)), _alt(found, data, primary)
+    )
 
 
 def _bars(axes: Axes, found: Pilot, reward: str, *, last: bool) -> list[dict[str, object]]:
@@ -156,8 +159,9 @@ def _legend() -> list[Patch]:
     ]
 
 
-def _caption(found: Pilot) -> str:
+def _caption(found: Pilot, comparisons: int) -> str:
     now = found.design
+    unnamed = f" The legend names {MOST_NAMED} of {comparisons} comparisons." if comparisons > MOST_NAMED else ""
     latent = (
         " Each prompt has one latent: what belongs to latents is in the parts of prompts." if now.latents == 1 else ""
     )
@@ -168,7 +172,7 @@ def _caption(found: Pilot) -> str:
         "of Holm's first step finds with 80 % power, if only the number of seeds changed (none where a permutation "
         "test cannot reject); grey line: this run "
         f"({f.plural(now.seeds, 'training seed')}, {f.plural(now.prompts, 'prompt')}, "
-        f"{f.plural(now.latents, 'latent')} each). With few seeds these numbers are rough.{latent}"
+        f"{f.plural(now.latents, 'latent')} each). With few seeds these numbers are rough.{latent}{unnamed}"
     )
 
 

@@ -21,7 +21,7 @@ from scipy import stats
 
 from harness.report.analysis import analyse
 from harness.report.build import build_report
-from harness.report.page import figures
+from harness.report.page import figures, write
 from harness.report.page.document import convert, slug
 from harness.report.page.explorer import script_json
 from harness.report.page.inline import SIDE, Group, Stored, inline
@@ -327,7 +327,7 @@ def test_pictures_inside_the_page_keep_to_the_budget(tmp_path: Path) -> None:
     groups = [Group("first", (Stored("cell", "final", 8), Stored("cell", "final", 7)))]
     groups += [Group("first", tuple(Stored("cell", "final", i + j) for j in range(2))) for i in (0, 2)]
     groups += [Group("second", (Stored("cell", "final", 6),))]
-    every = inline(groups, paths.__getitem__)
+    every = inline(groups, paths.__getitem__, budget=10_000_000)
     assert every.prompts == {"first": 3, "second": 1}
     sizes = {stored.prompt: len(base64.b64decode(content)) for stored, content in every.pictures.items()}
     assert set(sizes) == {0, 1, 2, 3, 6, 7}
@@ -338,6 +338,22 @@ def test_pictures_inside_the_page_keep_to_the_budget(tmp_path: Path) -> None:
     assert {stored.prompt for stored in some.pictures} == {7, 0, 1}
     assert some.prompts == {"first": 2, "second": 0}
     assert inline(groups, paths.__getitem__, budget=0).pictures == {}
+
+
+def test_a_long_report_leaves_less_room_for_pictures(
+    main_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page keeps to its limit: whole prompts are left out as the text grows."""
+    limit = 300_000
+    monkeypatch.setattr(write, "LIMIT", limit)
+    monkeypatch.setattr(write, "NUMBERS", 250_000)
+    inside = []
+    for words in (100, 20_000):
+        made = page_of(main_run, tmp_path / str(words), "# Title\n\n## Part\n\n" + "a " * words)
+        assert made.stat().st_size < limit
+        stored = Page(made.read_text(encoding="utf-8")).data["stored"]
+        inside.append(sum(bool(picture) for cell in stored.values() for p in cell for picture in p["pictures"]))
+    assert inside[0] > inside[1] > 0
 
 
 def test_figures_that_are_too_many_stay_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

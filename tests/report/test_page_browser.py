@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.report.analysis import analyse
-from harness.report.page import album
-from harness.report.page.inline import inline
+from harness.report.page import write
 from harness.report.page.write import write_page
 from harness.report.records import load_run
 from tests.report.synthetic import Made, write_run
@@ -194,7 +193,7 @@ def test_pictures_outside_the_page_are_read_beside_it(
     chromium: "playwright.Browser", run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By relative path where the run's directory is; elsewhere the page says that it is not there."""
-    monkeypatch.setattr(album, "inline", lambda groups, file: inline(groups, file, budget=0))
+    monkeypatch.setattr(write, "LIMIT", 0)
     beside = run / "outside"
     beside.mkdir()
     write_page(analyse(load_run(run)), "# Title\n\n## Conclusions\n", beside)

@@ -95,8 +95,8 @@ class Album:
         )
 
 
-def collect(analysis: Analysis) -> Album:
-    """Find the stored pictures and their scores, and choose those that stand inside the page."""
+def collect(analysis: Analysis, budget: int) -> Album:
+    """Find the stored pictures and their scores, and choose as many bytes of them as may stand inside the page."""
     run = analysis.run
     rows = run.scores[(run.scores["split"] == HELD_OUT) & (run.scores["variant"] == DEFAULT_VARIANT)]
     base = rows[rows["arm"] == BASE]
@@ -118,7 +118,7 @@ def collect(analysis: Analysis) -> Album:
     def file(stored: Stored) -> Path:
         return run.folder / "cells" / stored.cell / "images" / stored.point / names[stored.prompt]
 
-    inlined = inline(_groups(analysis, points), file)
+    inlined = inline(_groups(analysis, points), file, budget=budget)
     return Album(run.base.name, prompts, points, scores, base_scores, inlined)
 
 

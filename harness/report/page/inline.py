@@ -13,7 +13,6 @@ from harness.report.page.figures import webp
 
 PROMPTS = 40
 SIDE = 192
-BUDGET = 3_000_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Inlined:
     prompts: dict[str, int]
 
 
-def inline(groups: Sequence[Group], file: Callable[[Stored], Path], *, budget: int = BUDGET) -> Inlined:
+def inline(groups: Sequence[Group], file: Callable[[Stored], Path], *, budget: int) -> Inlined:
     """Take groups in their order until the next one would exceed the budget.
 
     Args:

@@ -11,12 +11,15 @@ import jinja2
 
 from harness.report.analysis import Analysis
 from harness.report.page.album import collect
-from harness.report.page.document import convert
+from harness.report.page.document import Document, convert
 from harness.report.page.explorer import explorer, script_json
 from harness.report.page.figures import embedder
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 PAGE = "report.html"
+LIMIT = 9_500_000  # bytes of the page
+NUMBERS = 2_000_000  # of these for the explorer's numbers, which a full grid needs half of
+PICTURES = 3_000_000  # at most, before base64
 
 
 def write_page(analysis: Analysis, text: str, folder: Path) -> None:
@@ -27,7 +30,7 @@ def write_page(analysis: Analysis, text: str, folder: Path) -> None:
     the report lies at the same place relative to the run.
     """
     document = convert(text, embedder(folder))
-    album = collect(analysis)
+    album = collect(analysis, _room(document))
     root = Path(os.path.relpath(analysis.run.folder.resolve(), folder.resolve())).as_posix()
     data = explorer(analysis, album, root)
     style, script = _file("page.css"), _file("page.js")
@@ -43,6 +46,12 @@ def write_page(analysis: Analysis, text: str, folder: Path) -> None:
         pictures=album.statement,
     )
     (folder / PAGE).write_text(page, encoding="utf-8", newline="\n")
+
+
+def _room(document: Document) -> int:
+    """Bytes for pictures inside the page, before base64 makes four of three."""
+    left = LIMIT - NUMBERS - len(document.head.encode()) - len(document.body.encode())
+    return min(PICTURES, max(left, 0) * 3 // 4)
 
 
 def _file(name: str) -> str:

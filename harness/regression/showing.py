@@ -124,6 +124,12 @@ def advice(comparison: Comparison) -> list[str]:
         todo.append(f"For an answer, if nothing has changed: {max(needed)} seeds in both, or a larger margin")
     elif rows:
         todo.append("For an answer: more seeds in both (at least two)")
+    small = [row for row in comparison.deciding if row.arm != BASE and abs(row.baseline) < comparison.margin]
+    todo += [
+        f"{row.arm} on {row.reward}: gained {f.significant(row.baseline, sign=True)} base SD in the baseline, less "
+        "than the margin; losing all of it would pass: train for longer, or take a smaller margin"
+        for row in small
+    ]
     todo += [f"{arm}: has no baseline; it enters with the next one" for arm in new_to_baseline(comparison)]
     return todo
 

@@ -110,3 +110,12 @@ def test_names_are_shown_as_they_are(runs: tuple[Path, Path]) -> None:
     assert "<b>" not in text
     assert text.count("<details>") == text.count("</details>") > 0
     assert any(label in line for line in terminal(compared(runs)))
+
+
+def test_a_margin_beyond_the_gain_is_said(runs: tuple[Path, Path]) -> None:
+    """A method that gained less than the margin has nothing that the gate could miss."""
+    new, old = take(runs[0]), take(runs[1])
+    warning = "losing all of it would pass"
+
+    assert warning in markdown(compare(new, old, 50.0))
+    assert warning not in markdown(compare(new, old, 0.1))

@@ -77,7 +77,7 @@ def headline(analysis: Analysis) -> Table:
     headers += ["held-out measure (base SD)"] * bool(witnesses)
     headers += [f"{f.markdown(name)} (gold)" for name in gold]
     headers += ["diversity (Vendi, of the base's)"] * bool(np.isfinite(base_vendi))
-    headers += [DRIFTS[drift]] * bool(drift)
+    headers += [DRIFTS[drift]] if drift else []
     headers += ["seeds"]
     first: list[str] = ["base model", "0", "0"] + ["0"] * bool(witnesses)
     first += [f.significant(analysis.final(run.arms[0], rewards[0], name).base_mean) for name in gold if rewards]

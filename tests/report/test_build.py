@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from harness.errors import UserError
 from harness.report.analysis import analyse
@@ -41,9 +42,9 @@ def test_every_link_of_the_report_leads_to_a_file_beside_it(main_report: Path) -
 def test_every_figure_has_its_numbers_beside_it(main_report: Path) -> None:
     """A CSV for every figure, an SVG for every drawing."""
     figures = sorted(main_report.glob("fig-*.png"))
-    assert len(figures) == 5
+    assert len(figures) == 7
     assert all(len(read(main_report, figure.stem)) for figure in figures)
-    assert len(list(main_report.glob("fig-*.svg"))) == 4
+    assert len(list(main_report.glob("fig-*.svg"))) == 6
 
 
 def test_injected_gains_lie_in_their_intervals_and_stand_in_the_table(main_report: Path) -> None:
@@ -83,6 +84,20 @@ def test_figures_show_what_the_records_say(main_run: Path, main_report: Path) ->
         assert row["queries"].item() == 32
 
 
+def test_differences_are_drawn_from_the_gains_of_the_forest(main_report: Path) -> None:
+    """Estimate and interval are Welch's on the seeds of the forest; the ratio of diversity is to the base's."""
+    forest = read(main_report, "fig-01-forest")
+    gains = forest[forest["reward"] == "emoji-3d"].groupby("arm", sort=False)["gain_base_sd"]
+    draft, ddpo = (gains.get_group(arm).to_numpy() for arm in ("draft", "ddpo"))
+    row = read(main_report, "fig-07-differences").iloc[0]
+    test = stats.ttest_ind(draft, ddpo, equal_var=False).confidence_interval()
+    assert row["difference"] == pytest.approx(draft.mean() - ddpo.mean(), rel=1e-9)
+    assert (row["low"], row["high"]) == pytest.approx((test.low, test.high), rel=1e-9)
+    headline = read(main_report, "table-1-headline").set_index("arm").loc["draft"]
+    assert 0 < headline["vendi ratio"] < 1
+    assert headline["drift_latent_rms"] > 0
+
+
 def test_conclusions_come_first_and_say_what_the_gain_cost(main_report: Path) -> None:
     """Verdict, p and the loss of the gold metric stand before any table."""
     text = (main_report / "report.md").read_text()
@@ -94,10 +109,10 @@ def test_conclusions_come_first_and_say_what_the_gain_cost(main_report: Path) ->
 
 
 def test_tables_are_narrow_enough_and_rectangular(main_report: Path) -> None:
-    """At most eight columns, the same number in every row."""
+    """At most nine columns, the same number in every row."""
     lines = (main_report / "report.md").read_text().splitlines()
     widths = [len(re.findall(r"(?<!\\)\|", line)) - 1 for line in lines if line.startswith("| ")]
-    assert max(widths) <= 8
+    assert max(widths) <= 9
     runs = re.findall(r"(?:^\|.*\n)+", "\n".join(lines), flags=re.M)
     assert runs
     assert all(len({len(re.findall(r"(?<!\\)\|", line)) for line in run.splitlines()}) == 1 for run in runs)

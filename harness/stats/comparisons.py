@@ -164,6 +164,28 @@ def permutation(a: Values, b: Values, *, level: float = 0.95) -> Comparison:
     return Comparison(name, reference.interval, p, smallest, total, exact, note=join(reference.note, unequal))
 
 
+def correlation_over_strata(pairs: Sequence[tuple[Sequence[ArrayLike], Sequence[ArrayLike]]]) -> float:
+    """How alike a seed's luck is on different rewards, which the stratified tests take to be independent.
+
+    Mean Pearson correlation, over seeds, of the difference of two arms on one reward with that on another; over all
+    pairs of rewards and all pairs of arms. For description only: from five seeds it is rough.
+
+    Args:
+        pairs: for each pair of arms the (S,) seed values of both by reward; the same position is the same seed.
+
+    Returns:
+        NaN where no two rewards have three common seeds and a spread.
+    """
+    found = []
+    for a, b in pairs:
+        gaps = [x - y for x, y in _pairs(a, b) if len(x) == len(y)]
+        for x, y in itertools.combinations(gaps, 2):
+            both = np.isfinite(x) & np.isfinite(y) if len(x) == len(y) else np.zeros(0, dtype=bool)
+            if both.sum() > 2 and not is_constant(x[both]) and not is_constant(y[both]):
+                found.append(float(np.corrcoef(x[both], y[both])[0, 1]))
+    return float(np.mean(found)) if found else NAN
+
+
 def _pairs(a: Values, b: Values) -> list[tuple[Array, Array]]:
     """The arms' seed values reward by reward."""
     first, second = strata(a), strata(b)

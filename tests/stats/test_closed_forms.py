@@ -8,7 +8,7 @@ from scipy import stats
 from statsmodels.stats.power import TTestIndPower, TTestPower
 
 from harness.stats.bootstrap import bootstrap
-from harness.stats.comparisons import against_constant, permutation, welch
+from harness.stats.comparisons import against_constant, correlation_over_strata, permutation, welch
 from harness.stats.curves import band, log_auc, time_to_threshold
 from harness.stats.effects import best_of_n_equivalent, gain, hedges_g, probability_better, standardised
 from harness.stats.intervals import bonferroni, clopper_pearson, crossed, crossed_difference, seed_t
@@ -55,6 +55,25 @@ def test_crossed_difference_by_hand() -> None:
     result = crossed_difference(a, b)
     assert result.standard_error**2 == pytest.approx(v_a + v_b + v_p - rest(a) - rest(b))
     assert result.n == 3
+
+
+def test_correlation_of_a_seeds_rewards() -> None:
+    """Differences of arms are correlated over seeds, reward by reward; seeds without a value on both are left out."""
+    rng = np.random.default_rng(3)
+    luck, b = rng.normal(size=6), rng.normal(size=(3, 6))
+    a = b + np.array([luck, 2 * luck + 1, -luck])
+    assert correlation_over_strata([(list(a), list(b))]) == pytest.approx((1 - 1 - 1) / 3)
+    noise = rng.normal(size=(2, 6))
+    noise[0, 1] = np.nan
+    kept = [0, 2, 3, 4, 5]
+    expected = np.corrcoef(noise[0, kept], noise[1, kept])[0, 1]
+    assert correlation_over_strata([(list(noise), [np.zeros(6)] * 2)]) == pytest.approx(expected)
+
+
+def test_correlation_of_rewards_needs_three_seeds_and_two_rewards() -> None:
+    """Where there is nothing to correlate the answer is not a number."""
+    assert math.isnan(correlation_over_strata([([[1.0, 2.0], [3.0, 5.0]], [[0.0, 0.0], [0.0, 0.0]])]))
+    assert math.isnan(correlation_over_strata([([[1.0, 2.0, 4.0]], [[0.0, 0.0, 0.0]])]))
 
 
 def test_crossed_falls_back_to_the_seeds() -> None:

@@ -8,14 +8,24 @@ from typing import Annotated
 import typer
 
 from harness.commands._arguments import report_lines, require_run
-from harness.errors import UserError
 
 
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="Directory of a run, finished or not; of several runs.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write; default for one run: DIRECTORY/report.")] = None,
+    directories: Annotated[list[Path], typer.Argument(help="Directory of a run, finished or not; or several.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write; default: DIRECTORY/report, of several runs beside the first: A-vs-B."),
+    ] = None,
 ) -> None:
-    """Render the report of a run, or of several side by side, from their records alone (needs no torch)."""
+    """Write the report of a run, or of several side by side, from their records alone (needs no torch).
+
+    python -m harness report results/RUN
+
+    python -m harness report results/RUN results/OTHER --out results/both
+
+    It is report.md and, with the same content, report.html, with every figure and table as files. An older report
+    there is replaced, other files beside it stay, and a directory that has files and no report is refused.
+    """
     for directory in directories:
         require_run(directory)
     if len(directories) == 1:
@@ -23,8 +33,13 @@ def report(
 
         typer.echo(report_lines(build_report(directories[0], out)))
         return
-    if out is None:
-        raise UserError("a report of several runs belongs to none of them: say where to write it with --out DIRECTORY")
     from harness.report.side_by_side import build_side_by_side
 
-    typer.echo(f"Report: {build_side_by_side(directories, out)}")
+    typer.echo(report_lines(build_side_by_side(directories, out or _beside(directories))))
+
+
+def _beside(directories: list[Path]) -> Path:
+    """A directory beside the first run: a report of several belongs to none of them."""
+    names = [directory.resolve().name for directory in directories]
+    rest = names[1] if len(names) == 2 else f"{len(names) - 1}-others"
+    return directories[0].resolve().with_name(f"{names[0]}-vs-{rest}")

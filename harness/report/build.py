@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import html
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from harness.report import formatting as f
 from harness.report.analysis import Analysis, analyse
 from harness.report.captions import Drawn
 from harness.report.figures import Figures, draw
+from harness.report.folder import REPORT, replacing
 from harness.report.page.write import write_page
 from harness.report.records import load_run
 from harness.report.style import drawing, write_figure
@@ -26,11 +24,10 @@ from harness.report.unseen import unseen_prompts
 from harness.report.variance import smallest_detectable
 
 TEMPLATES = Path(__file__).parent / "templates"
-REPORT = "report.md"
 
 
 def build_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Write `report.md` and `report.html` with figures and tables; replaces an older report as a whole.
+    """Write `report.md` and `report.html` with figures and tables, in the place of an older report.
 
     The same records give the same bytes: no clock, no absolute path, no random number enters. `report.html` has the
     path from the report to the run's pictures, and so depends on where the one lies from the other.
@@ -43,35 +40,12 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
         Path of `report.md`.
 
     Raises:
-        UserError: if `run_dir` holds no run of this schema.
+        UserError: if `run_dir` holds no run of this schema, or `out` has other files and no report.
     """
     target = out if out is not None else run_dir / "report"
-    analysis = analyse(load_run(run_dir))
     with replacing(target) as folder:
-        _write(analysis, folder)
+        _write(analyse(load_run(run_dir)), folder)
     return target / REPORT
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `target` once all is written in it; on an error nothing changes."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Put a complete folder in the place of an older one."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(analysis: Analysis, folder: Path) -> None:

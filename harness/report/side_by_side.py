@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from harness.report import formatting as f
 from harness.report.account import data_date, flatten
 from harness.report.analysis import MARGIN, Analysis, analyse
-from harness.report.build import REPORT, build_report, environment, replacing, tidy, write_csv
+from harness.report.build import build_report, environment, tidy, write_csv
 from harness.report.captions import INTERVAL, Drawn, sample
+from harness.report.folder import REPORT, replacing
 from harness.report.forest import forest_rows
+from harness.report.page.write import PAGE, write_plain_page
 from harness.report.records import HELD_OUT, load_run
 from harness.report.style import INK, drawing, looks, roomy, write_figure, zero_line
 from harness.report.tables import Table, bounds, verdict_text
@@ -32,12 +34,12 @@ PLAN = ("config", "model", "suite", "sampler", "budget", "seeds", "training_rewa
 
 
 def build_side_by_side(run_dirs: Sequence[Path], out: Path) -> Path:
-    """Write `out/report.md`, and the whole report of each run beside it in `run-1`, `run-2` ...
+    """Write `out/report.md` and `out/report.html`, and the whole report of each run beside them in `run-1`, `run-2` ...
 
     The same records give the same bytes; the order of the runs decides the order in the report, and which is first.
 
     Raises:
-        UserError: if a directory holds no run of this schema.
+        UserError: if a directory holds no run of this schema, or `out` has other files and no report.
     """
     analyses = [analyse(load_run(folder)) for folder in run_dirs]
     names = _names(analyses)
@@ -63,15 +65,15 @@ def build_side_by_side(run_dirs: Sequence[Path], out: Path) -> Path:
             "gains": _gains(analyses, names),
             "forest": forest,
             "runs": [
-                f"[{f.markdown(name)}](run-{i}/{REPORT}), data of {data_date(analysis.run)}"
-                for i, (name, analysis) in enumerate(zip(names, analyses, strict=True), 1)
+                _link(i, name, analysis) for i, (name, analysis) in enumerate(zip(names, analyses, strict=True), 1)
             ],
         }
         for table in (content["settings"], content["comparisons"], content["gains"]):
             if table.rows:
                 write_csv(table.data, folder / f"{table.name}.csv")
-        text = environment().get_template("side_by_side.md.j2").render(content)
-        (folder / REPORT).write_text(tidy(text), encoding="utf-8")
+        text = tidy(environment().get_template("side_by_side.md.j2").render(content))
+        (folder / REPORT).write_text(text, encoding="utf-8")
+        write_plain_page(text, folder)
     return out / REPORT
 
 
@@ -79,6 +81,12 @@ def _names(analyses: Sequence[Analysis]) -> list[str]:
     """The runs' names, with a number where two are equal."""
     names = [analysis.run.name for analysis in analyses]
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+
+
+def _link(place: int, name: str, analysis: Analysis) -> str:
+    """Where the whole report of a run is."""
+    reports = f"[page](run-{place}/{PAGE}), [text](run-{place}/{REPORT})"
+    return f"{f.markdown(name)}, data of {data_date(analysis.run)}: {reports}"
 
 
 def _label(analyses: Sequence[Analysis], names: Sequence[str], place: int, arm: str) -> str:

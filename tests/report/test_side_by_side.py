@@ -14,6 +14,7 @@ from harness.report.analysis import Analysis, analyse
 from harness.report.records import load_run
 from harness.report.side_by_side import build_side_by_side, why_not_comparable
 from tests.report.synthetic import Made, main_job, write_run
+from tests.report.test_page import Page
 
 REWARDS = (("emoji-3d", "proxy", "log-odds"), ("object-accuracy", "gold", "probability"))
 
@@ -124,8 +125,29 @@ def test_each_run_keeps_its_own_base_model(tmp_path: Path) -> None:
     assert np.allclose(gains[1].standardised, gains[0].standardised)
 
 
-def test_several_runs_need_a_place_for_their_report(runs: tuple[Path, Path]) -> None:
-    """The remedy is named; one run has its own place."""
-    result = CliRunner().invoke(app, ["report", *map(str, runs)])
-    assert result.exit_code != 0
-    assert "--out" in str(result.exception) + result.output
+def test_the_page_has_the_same_content_and_leads_to_the_pages_of_the_runs(report: Path) -> None:
+    """Tables, figure and links of the text; every link leads to a file; there is nothing to explore."""
+    page = Page((report / "report.html").read_text(encoding="utf-8"))
+    text = (report / "report.md").read_text(encoding="utf-8")
+    words = " ".join(" ".join(page.words).split())
+    assert "draft [two] is worse than draft [one]" in words
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    assert sum(map(len, page.tables)) == len(lines)
+    assert [image["src"].partition(",")[0] for image in page.of("img")] == ["data:image/svg+xml;base64"]
+    hrefs = [link["href"] for link in page.of("a") if not link["href"].startswith("#")]
+    assert {"run-1/report.html", "run-2/report.html", "run-1/report.md", "run-2/report.md"} <= set(hrefs)
+    assert all((report / href).is_file() for href in hrefs)
+    assert not [tag for tag in page.of("script") if tag.get("id") == "explorer-data"]
+
+
+def test_without_a_place_the_report_is_beside_the_first_run(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named for both, or for the first and how many more."""
+    monkeypatch.setattr("harness.report.side_by_side.build_side_by_side", lambda runs, out: out / "report.md")
+    for asked, name in ((runs, "one-vs-two"), ((*runs, runs[0]), "one-vs-2-others")):
+        result = CliRunner().invoke(app, ["report", *map(str, asked)])
+        folder = runs[0].parent / name
+        assert result.output.splitlines() == [f"Report: {folder}/report.md", f"Page:   {folder}/report.html"]
+    result = CliRunner().invoke(app, ["report", *map(str, runs), "--out", str(tmp_path)])
+    assert result.output.startswith(f"Report: {tmp_path}/report.md")

@@ -33,6 +33,15 @@ def write_page(analysis: Analysis, text: str, folder: Path) -> None:
     album = collect(analysis, _room(document))
     root = Path(os.path.relpath(analysis.run.folder.resolve(), folder.resolve())).as_posix()
     data = explorer(analysis, album, root)
+    _write(document, folder, script_json(data) if data else "", album.statement)
+
+
+def write_plain_page(text: str, folder: Path) -> None:
+    """Write the page of a text with figures alone: nothing can be chosen in it."""
+    _write(convert(text, embedder(folder)), folder)
+
+
+def _write(document: Document, folder: Path, data: str = "", pictures: str = "") -> None:
     style, script = _file("page.css"), _file("page.js")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -42,8 +51,8 @@ def write_page(analysis: Analysis, text: str, folder: Path) -> None:
         style=style,
         script=script,
         policy=_policy(style, script),
-        explorer=script_json(data) if data else "",
-        pictures=album.statement,
+        explorer=data,
+        pictures=pictures,
     )
     (folder / PAGE).write_text(page, encoding="utf-8", newline="\n")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Set
+from functools import lru_cache
 
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
@@ -15,11 +16,17 @@ FONT = "DejaVu Sans"
 
 def readable(text: str) -> str:
     """The text with `[NAME OF THE CHARACTER]` for what the figures' font lacks; invisible joiners are left out."""
-    known = get_font(findfont(FONT)).get_charmap()
+    known = _known()
     return "".join(_shown(letter, known) for letter in text)
 
 
-def _shown(letter: str, known: Mapping[int, object]) -> str:
+@lru_cache(maxsize=1)
+def _known() -> Set[int]:
+    """Code points that the font draws."""
+    return frozenset(get_font(findfont(FONT)).get_charmap())
+
+
+def _shown(letter: str, known: Set[int]) -> str:
     if letter in "\n " or (ord(letter) in known and unicodedata.category(letter) not in ("Cc", "Cf")):
         return letter
     if unicodedata.category(letter) in ("Cf", "Mn", "Me"):

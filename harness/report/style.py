@@ -91,8 +91,9 @@ def write_figure(figure: Figure, path: Path, *, vector: bool = True) -> None:
     others have few colours, so that a palette of 256 does.
     """
     make_readable(figure)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # placed once: every format gets the same layout
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine("none")  # placed once: every format gets the same layout
     png = path.with_suffix(".png")
     figure.savefig(png, dpi=DPI if vector else PICTURE_DPI, metadata={"Software": None})
     if vector:

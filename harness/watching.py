@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -87,6 +87,68 @@ class CellWatch:
         return tuple(seen.values())
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Scored pictures as arrays: a report watches many cells, and each selection from a data frame takes its time.
+
+    Attributes:
+        names: The values of reward, point and prompt. ``codes``: of each, (N,) indices of them; -1 is missing.
+        noise, score: (N,).
+    """
+
+    names: tuple[list[str], ...]
+    codes: tuple[NDArray[np.integer], ...]
+    noise: NDArray[np.integer]
+    score: Array
+
+    @classmethod
+    def of_scores(cls, table: pd.DataFrame) -> Self:
+        """Rows of scores.parquet."""
+        noise = table["noise_id"].to_numpy(dtype=np.int64)
+        return cls._of(table, "reward", noise, table["score"])
+
+    @classmethod
+    def of_metrics(cls, table: pd.DataFrame) -> Self:
+        """Rows of metrics.parquet: a metric is one number for a prompt."""
+        return cls._of(table, "metric", np.zeros(len(table), dtype=np.int64), table["value"])
+
+    @classmethod
+    def _of(cls, table: pd.DataFrame, reward: str, noise: NDArray[np.integer], score: pd.Series) -> Self:
+        found = [_coded(table[column]) for column in (reward, "point", "prompt_id")]
+        names, codes = tuple(names for names, _ in found), tuple(codes for _, codes in found)
+        return cls(names, codes, noise, score.to_numpy(dtype=np.float64))
+
+    def part(self, chosen: NDArray[Any] | slice) -> Rows:
+        """Some of the rows."""
+        return Rows(self.names, tuple(codes[chosen] for codes in self.codes), self.noise[chosen], self.score[chosen])
+
+    @property
+    def points(self) -> set[str]:
+        """Those that occur."""
+        return self._seen(1)
+
+    @property
+    def prompts(self) -> set[str]:
+        """Those that occur."""
+        return self._seen(2)
+
+    def _seen(self, column: int) -> set[str]:
+        return {self.names[column][code] for code in np.unique(self.codes[column]).tolist() if code >= 0}
+
+    @property
+    def along(self) -> Rows:
+        """Without the final evaluation, which is on other pictures."""
+        return self.part(self.codes[1] != self.names[1].index(FINAL)) if FINAL in self.names[1] else self
+
+
+def _coded(column: pd.Series) -> tuple[list[str], NDArray[np.integer]]:
+    """The values of a column, and for each row which it has."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return [str(name) for name in column.cat.categories], column.cat.codes.to_numpy()
+    codes, values = pd.factorize(column)
+    return [str(value) for value in values], codes
+
+
 def sum_of_terms(terms: Iterable[tuple[float, str]]) -> dict[str, float]:
     """The weight of each component of a training reward, from its (weight, name) terms."""
     result: dict[str, float] = {}
@@ -133,18 +195,42 @@ def watch_cell(
         latents: Pictures per prompt at curve points; others are left out.
         looks: Points planned, the end included.
     """
-    points = _ordered({START} | {_name(p) for p in scores["point"].unique()})
+    return watch_rows(
+        Rows.of_scores(scores),
+        Rows.of_metrics(metrics),
+        Rows.of_scores(base_scores),
+        Rows.of_metrics(base_metrics),
+        training_reward=training_reward,
+        terms=terms,
+        roles=roles,
+        latents=latents,
+        looks=looks,
+    )
+
+
+def watch_rows(
+    scores: Rows,
+    metrics: Rows,
+    base_scores: Rows,
+    base_metrics: Rows,
+    *,
+    training_reward: str,
+    terms: Mapping[str, float],
+    roles: Mapping[str, str],
+    latents: int,
+    looks: int,
+) -> CellWatch:
+    """`watch_cell` of rows that are arrays already."""
+    points = _ordered({START} | {_name(p) for p in scores.points})
     rewards = [name for name in dict.fromkeys([*terms, *witnesses_of(terms, roles)]) if name != DIVERSITY]
-    before = {str(p) for p in base_scores["prompt_id"].unique()} | {str(p) for p in base_metrics["prompt_id"].unique()}
-    prompts = sorted(before | {str(p) for p in scores["prompt_id"].unique()})
+    prompts = sorted(base_scores.prompts | base_metrics.prompts | scores.prompts)
     table = np.full((len(rewards), len(points), len(prompts), latents), np.nan)
     for rows, start in ((base_scores, START), (scores, "")):
         _fill(table, rows, start, rewards, points, prompts)
     arrays = dict(zip(rewards, _by_prompt(table), strict=True))
     distance = np.full((1, len(points), len(prompts), 1), np.nan)
-    for rows, start in ((base_metrics, START), (metrics[metrics["point"] != FINAL], "")):
-        mine = rows[rows["metric"] == DIVERSITY].rename(columns={"metric": "reward", "value": "score"})
-        _fill(distance, mine.assign(noise_id=0), start, [DIVERSITY], points, prompts)
+    for rows, start in ((base_metrics, START), (metrics.along, "")):
+        _fill(distance, rows, start, [DIVERSITY], points, prompts)
     arrays[DIVERSITY] = distance[0, :, :, 0]
     reward = np.zeros((len(points), len(prompts)))
     for name, weight in terms.items():
@@ -160,25 +246,22 @@ def watch_cell(
     return CellWatch(tuple(points), warnings, result, tuple(along))
 
 
-def _fill(
-    table: Array, rows: pd.DataFrame, start: str, rewards: list[str], points: list[str], prompts: list[str]
-) -> None:
+def _fill(table: Array, rows: Rows, start: str, rewards: list[str], points: list[str], prompts: list[str]) -> None:
     """Put scores in their places (reward, point, prompt, latent); at the point `start` where one is given."""
-    places = [_places(rows["reward"], rewards), _places(rows["point"], points), _places(rows["prompt_id"], prompts)]
+    wanted = (rewards, points, prompts)
+    places = [_places(*column) for column in zip(rows.names, rows.codes, wanted, strict=True)]
     if start:
-        places[1] = np.full(len(rows), points.index(start))
-    noise = rows["noise_id"].to_numpy(dtype=np.int64)
-    kept = (np.min(places, axis=0) >= 0) & (noise < table.shape[3]) if len(rows) else np.zeros(0, dtype=bool)
+        places[1] = np.full(len(rows.score), points.index(start))
+    kept = (np.minimum.reduce(places) >= 0) & (rows.noise < table.shape[3])
     where = tuple(place[kept] for place in places)
-    table[(*where, noise[kept])] = rows["score"].to_numpy(dtype=np.float64)[kept]
+    table[(*where, rows.noise[kept])] = rows.score[kept]
 
 
-def _places(column: pd.Series, names: list[str]) -> NDArray[np.intp]:
+def _places(values: list[str], codes: NDArray[np.integer], names: list[str]) -> NDArray[np.intp]:
     """Index of each value among the names; -1 for another."""
-    codes, values = pd.factorize(column)
     index = {name: k for k, name in enumerate(names)}
-    known = np.array([index.get(_name(value), -1) for value in values], dtype=np.intp)
-    return known[codes] if len(known) else np.zeros(0, dtype=np.intp)
+    known = np.array([*(index.get(_name(value), -1) for value in values), -1], dtype=np.intp)
+    return known[codes]
 
 
 def _name(point: object) -> str:

@@ -22,7 +22,7 @@ from harness.report.tables import Table, arm_name
 from harness.stats.intervals import seed_t
 from harness.stats.seed_means import Array
 from harness.stats.watch import LEVEL
-from harness.watching import DIVERSITY, END, START, CellWatch, Warned, watch_cell
+from harness.watching import DIVERSITY, END, START, CellWatch, Rows, Warned, watch_rows
 
 DRIFT = "drift_latent_rms"
 WARNING_COLUMNS = (
@@ -63,21 +63,23 @@ class Watch:
 
 def watch_run(run: Run) -> Watch:
     """Watch every trained cell that has scores."""
-    scores = run.scores[(run.scores["variant"] == DEFAULT_VARIANT) & (run.scores["split"] == HELD_OUT)]
+    kept = (run.scores["variant"] == DEFAULT_VARIANT) & (run.scores["split"] == HELD_OUT)
+    scores = run.scores.loc[kept, ["cell", "arm", "point", "prompt_id", "noise_id", "reward", "score"]]
     metrics = run.metrics[run.metrics["variant"] == DEFAULT_VARIANT]
-    base = scores[scores["arm"] == BASE]
-    base_metrics = metrics[(metrics["arm"] == BASE) & (metrics["point"] == START)]
-    by_cell = {str(name): rows for name, rows in scores.groupby("cell", observed=True)}
-    measured = {str(name): rows for name, rows in metrics.groupby("cell", observed=True)}
+    base = Rows.of_scores(scores[scores["arm"] == BASE])
+    base_metrics = Rows.of_metrics(metrics[(metrics["arm"] == BASE) & (metrics["point"] == START)])
+    by_cell = _by_cell(Rows.of_scores(scores), scores["cell"])
+    measured = _by_cell(Rows.of_metrics(metrics), metrics["cell"])
+    nothing = Rows.of_metrics(metrics.iloc[:0])
     roles = {info.name: info.role for info in run.rewards}
     found = []
     for cell in run.cells:
-        if cell.arm in run.untrained or cell.name not in by_cell or not len(base):
+        if cell.arm in run.untrained or cell.name not in by_cell or not len(base.score):
             continue
         rows = by_cell[cell.name]
-        seen = watch_cell(
+        seen = watch_rows(
             rows,
-            measured.get(cell.name, metrics.iloc[:0]),
+            measured.get(cell.name, nothing),
             base,
             base_metrics,
             training_reward=cell.reward,
@@ -90,13 +92,22 @@ def watch_run(run: Run) -> Watch:
     return Watch(run, tuple(found))
 
 
-def _latents(run: Run, rows: pd.DataFrame) -> int:
+def _by_cell(rows: Rows, cells: pd.Series) -> dict[str, Rows]:
+    """The rows of each cell."""
+    codes, names = pd.factorize(cells)
+    order = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
+    parts = zip(names, [0, *ends[:-1].tolist()], ends.tolist(), strict=True)
+    return {str(name): rows.part(order[start:end]) for name, start, end in parts}
+
+
+def _latents(run: Run, rows: Rows) -> int:
     """Pictures per prompt at curve points: by the plan, or else those that there are."""
     planned = run.plan.get("config", {}).get("evaluation", {}).get("curve_latents")
     if planned is not None:
         return int(planned)
-    along = rows[rows["point"] != FINAL]
-    return int((along if len(along) else rows)["noise_id"].max()) + 1
+    along = rows.along.noise
+    return int((along if len(along) else rows.noise).max()) + 1
 
 
 def _looks(run: Run) -> int:
@@ -199,18 +210,17 @@ def every_warning(watch: Watch) -> Table:
                     arm_name(watch.run, cell.arm),
                     f.markdown(cell.reward),
                     str(cell.seed),
-                    _place(warning.point),
+                    f"{_place(warning.point)}, since {_since(warning.since)}",
                     f.significant(found.rise, sign=True),
                     _witness(found.witness),
                     f"{f.significant(-found.fall, sign=True)} (SE {f.significant(found.standard_error, 2)})",
                     f.significant(warning.base),
-                    _since(warning.since),
                 )
             )
             data.append(_record(cell, warning))
     headers = (
-        *("method", "trained on", "seed", "first warning", "training reward since"),
-        *("witness", "its change", "base", "since"),
+        *("method", "trained on", "seed", "first warning, and since when"),
+        *("change of the training reward", "witness", "its change", "base"),
     )
     note = (
         "Changes are means over prompts, on the pictures that all points share, in the unit of the score. The earlier "

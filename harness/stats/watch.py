@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -103,7 +104,7 @@ def watch(
     planned = points if looks is None else looks
     if points > planned:
         raise ValueError(f"{points} points where {planned} are planned")
-    flips = sign_flips(prompts)
+    flips = _flips(prompts)
     spent = np.zeros(len(flips), dtype=bool)
     falls: list[Fall] = []
     thresholds: list[float] = []
@@ -126,6 +127,12 @@ def sign_flips(prompts: int) -> Array:
         return np.asarray(1.0 - 2.0 * bits, dtype=np.float64)
     random = np.random.default_rng([prompts, FLIPS]).integers(0, 2, size=(FLIPS - 1, prompts))
     return np.concatenate([np.ones((1, prompts)), 1.0 - 2.0 * random])
+
+
+@lru_cache(maxsize=4)
+def _flips(prompts: int) -> Array:
+    """Made once for all cells that are watched on the same number of prompts."""
+    return sign_flips(prompts)
 
 
 def _flipped(values: Mapping[str, Array], now: int, flips: Array) -> tuple[Array, Array]:

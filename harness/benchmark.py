@@ -235,6 +235,10 @@ def record_drift(run_dir: Path, cell: str, grid: Grid) -> None:
 
 
 def _time_arms(job: Job) -> None:
-    from harness.timing import time_arms
+    from harness.timing import count_flops, time_arms
 
-    time_arms(job.grid.config, job.run_dir, list(job.grid.arms))
+    grid = job.grid
+    time_arms(grid.config, job.run_dir, list(grid.arms))
+    if any(arm.kind == "training" for arm in grid.arms.values()):
+        components = [name for terms in grid.training_rewards.values() for _, name in terms]
+        count_flops(grid.config, job.run_dir, components)

@@ -1,4 +1,7 @@
-"""Seconds and memory of each arm, alone in a fresh process: workers of a run share the machine and their history."""
+"""Seconds and memory of each arm, alone in a fresh process: workers of a run share the machine and their history.
+
+The operations of the units that the meter counts are measured in the same pass, once a run (`harness.flops`).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from harness import store
 from harness.config import RunConfig
@@ -30,29 +34,47 @@ def time_arms(config: RunConfig, run_dir: Path, labels: Sequence[str]) -> None:
         if len(timing.get(label, {}).get("repetitions", [0] if label in timing else [])) >= config.timing_repetitions:
             continue
         try:
-            each = [_alone(config, label) for _ in range(config.timing_repetitions)]
+            each = [_alone("harness.timing", config, label) for _ in range(config.timing_repetitions)]
         except _NotTimedError as error:
             print(f"{label} could not be timed alone ({error}); the same command tries again", file=sys.stderr)
-            event = {"time": store.utc_now(), "event": "not timed", "arm": label, "detail": str(error)}
-            store.append_line(run_dir / "log.jsonl", event)
+            _note(run_dir, {"event": "not timed", "arm": label, "detail": str(error)})
             continue
         medians = {name: statistics.median(once[name] for once in each) for name in each[0]}
         timing[label] = {**medians, "repetitions": each}
         store.write_json(path, timing)
 
 
+def count_flops(config: RunConfig, run_dir: Path, rewards: Sequence[str]) -> None:
+    """Write flops.json, which `harness.flops.measure` describes, unless it has all of these training rewards.
+
+    What cannot be measured does not cost the run its results: it is said, logged, and tried again next time.
+    """
+    path = run_dir / "flops.json"
+    if set(rewards) <= set(store.read_json(path).get("rewards", {})):
+        return
+    try:
+        store.write_json(path, _alone("harness.flops", config))
+    except _NotTimedError as error:
+        print(f"operations could not be counted ({error}); the same command tries again", file=sys.stderr)
+        _note(run_dir, {"event": "operations not counted", "detail": str(error)})
+
+
+def _note(run_dir: Path, event: Mapping[str, str]) -> None:
+    store.append_line(run_dir / "log.jsonl", {"time": store.utc_now(), **event})
+
+
 class _NotTimedError(Exception):
     """A timing process failed; says why."""
 
 
-def _alone(config: RunConfig, label: str) -> dict[str, float]:
-    """What `measure` gives in a process of its own."""
-    arguments = [sys.executable, "-m", "harness.timing", config.model_dump_json(), label]
+def _alone(module: str, config: RunConfig, *arguments: str) -> dict[str, Any]:
+    """What the module's `measure` gives in a process of its own."""
+    arguments = (sys.executable, "-m", module, config.model_dump_json(), *arguments)
     environment = {**os.environ, **WORKER_ENVIRONMENT}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise _NotTimedError((done.stderr.strip().splitlines() or ["no message"])[-1])
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
 
@@ -61,7 +83,8 @@ def measure(config: RunConfig, label: str) -> dict[str, float]:
 
     Returns:
         `seconds_per_picture` of generation and `peak_memory_mib`; where something is trained also
-        `seconds_per_iteration` and `seconds_per_query` (the rest of an iteration shared out).
+        `seconds_per_iteration`, `seconds_per_query` (the rest of an iteration shared out) and `rows_to_input_share`
+        (of the backward rows, how many passed the gradient on to their own input).
     """
     import torch
 
@@ -90,6 +113,8 @@ def measure(config: RunConfig, label: str) -> dict[str, float]:
         queries = (meter.cost - before).queries / ITERATIONS
         measured = {"seconds_per_iteration": seconds, "seconds_per_query": seconds / queries}
         measured["peak_memory_mib"] = peak_memory_mib()
+        if meter.cost.backward_rows:
+            measured["rows_to_input_share"] = meter.rows_to_input / meter.cost.backward_rows
     batch = [next(stream) for _ in range(config.evaluation.batch)]
     with torch.no_grad():
         tuner.generate(batch, Generation(config.sampler))

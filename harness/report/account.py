@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 
 from harness.report import formatting as f
 from harness.report.analysis import Analysis
+from harness.report.flops import training_flops, uncounted
 from harness.report.records import Cell, Run
 from harness.report.tables import Table, arm_name, inference_note
 from harness.stats.intervals import clopper_pearson
 
 ROWS = ("forward_rows", "gradient_rows", "recomputed_rows", "backward_rows")
+NOT_MEASURED = "not measured"
 TIMES = ("iterations", "train_seconds", "evaluate_seconds", "peak_memory_mib", "seconds_per_query")
 COSTS = ("queries", "reward_gradients", *ROWS, "decodes")
 PICTURE = ("queries", "denoiser_rows")
@@ -27,15 +30,20 @@ def costs(analysis: Analysis) -> Table:
     """T5: what a cell of each method spent on training, and what each picture takes that it generates."""
     headers = (
         *("method", "reward queries (with gradient)", "denoiser rows"),
-        *("forward / with gradient / recomputed / backward", "decodes"),
+        *("forward / with gradient / recomputed / backward", "decodes", "TFLOPs"),
         *("training time (s)", "seconds a query, alone", "peak memory (MiB)"),
     )
-    records = [cost_row(cell) for cell in analysis.run.cells if cell.counts]
-    data = pd.DataFrame(records, columns=["cell", "arm", "training_reward", "seed", *COSTS, *TIMES, *_pictures()])
+    records = []
+    for cell in analysis.run.cells:
+        if cell.counts:
+            spent = {name: _number(cell.status.get("cost", {}).get(name)) for name in COSTS}
+            records.append(cost_row(cell) | {"tflops": training_flops(analysis.run, cell, spent) / 1e12})
+    columns = ["cell", "arm", "training_reward", "seed", *COSTS, "tflops", *TIMES, *_pictures()]
+    data = pd.DataFrame(records, columns=columns)
     rows = []
     for arm in analysis.run.arms:
         mine = data[data["arm"] == arm]
-        mean = {name: float(mine[name].mean()) if len(mine) else float("nan") for name in COSTS}
+        mean = {name: float(mine[name].mean()) if len(mine) else float("nan") for name in (*COSTS, "tflops")}
         seconds = [float(x) for x in mine["train_seconds"]]
         alone = analysis.run.timing.get(arm, {})
         memory = [_number(alone["peak_memory_mib"])] if alone else [float(x) for x in mine["peak_memory_mib"]]
@@ -46,6 +54,7 @@ def costs(analysis: Analysis) -> Table:
                 f.count(sum(mean[name] for name in ROWS)),
                 " / ".join(f.count(mean[name]) for name in ROWS),
                 f.count(mean["decodes"]),
+                f.significant(mean["tflops"]) if np.isfinite(mean["tflops"]) else NOT_MEASURED,
                 f.spread(seconds),
                 f.significant(_number(alone.get("seconds_per_query"))),
                 f.spread(memory),
@@ -56,6 +65,13 @@ def costs(analysis: Analysis) -> Table:
         "component reward; a denoiser row is one latent through the denoiser, guidance counting two. Training time is "
         "that of workers side by side. "
     )
+    if analysis.run.flops:
+        note += (
+            "TFLOPs: 10¹² floating-point operations, counts times what each unit takes; matrix products, convolutions "
+            "and attention are counted. "
+        )
+        if nothing := uncounted(analysis.run):
+            note += f"Not counted, since they have no such operation: {f.joined([f.markdown(x) for x in nothing])}. "
     note += (
         "Seconds a query and peak memory: each method alone in a fresh process on the first training reward."
         if analysis.run.timing
@@ -134,13 +150,13 @@ def inventory(run: Run) -> Table:
     return Table("table-inventory", headers, tuple(rows), pd.DataFrame(data), note)
 
 
-def cells(run: Run) -> Table:
-    """Appendix of T6: one row per cell."""
+def cells(run: Run, beside: str) -> Table:
+    """Appendix of T6: one row per cell, linked to its record where the run's directory has an address."""
     headers = ("cell", "state", "reason", "iterations", "training time (s)", "finished (UTC)")
     every = [run.base, *run.cells]
     rows = [
         (
-            f.markdown(cell.name),
+            _linked(cell, beside),
             cell.state if cell.state != "planned" else "not started",
             f.markdown(cell.reason) or f.DASH,
             f.count(_number(cell.status.get("iterations"))),
@@ -151,6 +167,11 @@ def cells(run: Run) -> Table:
     ]
     data = pd.DataFrame([{"cell": c.name, "state": c.state, "reason": c.reason} for c in every])
     return Table("table-cells", headers, tuple(rows), data)
+
+
+def _linked(cell: Cell, beside: str) -> str:
+    name = f.markdown(cell.name)
+    return f"[{name}]({quote(f'{beside}/cells/{cell.name}/status.json')})" if beside and cell.status else name
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Run:
         comparison: What `compare` found last (empty where it was never called).
         mixed, mixes: Scores of adapters mixed from several rewards', and the mix.json of each.
         timing: Seconds and memory of each arm alone in a fresh process, by label (empty where not measured).
+        flops: Floating-point operations of the units that the meter counts (empty where not measured).
         judged: The split that results are about: held-out, or the last one evaluated in a run without it (tuning);
             its rows are called held-out in `scores`.
     """
@@ -98,6 +99,7 @@ class Run:
     mixed: pd.DataFrame = field(default_factory=pd.DataFrame)
     mixes: tuple[Mapping[str, Any], ...] = ()
     comparison: Mapping[str, Any] = field(default_factory=dict)
+    flops: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -227,6 +229,7 @@ def load_run(folder: Path) -> Run:
         _tables(folder, counted, "probes.parquet", PROBE_COLUMNS),
         *load_mixes(folder),
         _read_json(folder / "comparison.json"),
+        _read_json(folder / "flops.json"),
     )
 
 

@@ -44,9 +44,12 @@ def compare(
     compared = comparing.compare(take(new), _baseline(baseline), margin, words(rewards))
     for line in showing.terminal(compared):
         typer.echo(line)
-    write_json(new / "comparison.json", comparing.record(compared))
-    if markdown:
-        write_bytes(markdown, showing.markdown(compared).encode())
+    try:
+        write_json(new / "comparison.json", comparing.record(compared))
+        if markdown:
+            write_bytes(markdown, showing.markdown(compared).encode())
+    except OSError as error:  # which must not look like a loss
+        raise UserError(f"the comparison could not be written: {error.strerror}: {error.filename}") from None
     if compared.outcome == "WORSE":
         raise Regressed(showing.headline(compared))
     if strict and compared.undecided:

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.errors import UserError, nearest
 from harness.regression.costs import FACTOR, CostRow, cost_rows
-from harness.regression.gating import ALPHA, Family, Row, gate_rows
+from harness.regression.gating import ALPHA, Family, Row, common_rewards, gate_rows
 from harness.regression.snapshot import Snapshot
 from harness.report.account import flatten
 from harness.report.records import BASE
@@ -80,19 +80,21 @@ def compare(new: Snapshot, baseline: Snapshot, margin: float = MARGIN, also: Seq
     if not (math.isfinite(margin) and margin > 0):
         raise UserError(f"--margin {margin}: a loss in base SD above 0, such as {MARGIN}")
     _require_comparable(new, baseline)
-    both = [name for name in baseline.base_sd if name in new.base_sd]
+    both = common_rewards(new, baseline)
     for name in also:
         if name not in both and name != "all":
-            raise UserError(f"--rewards: {name!r} scored not both runs; {nearest(name, both)}")
+            raise UserError(f"--rewards: {name!r} did not score both runs in one version; {nearest(name, both)}")
     rows = gate_rows(new, baseline, margin, both if "all" in also else also)
-    if not any(row.arm != BASE for row in rows):
+    missing = _missing(new, baseline)
+    if not any(row.arm != BASE and row.family is not Family.WATCHED for row in rows):
         raise UserError(
-            f"{new.name} and {baseline.name} have no finished arm and training reward in common: "
-            f"{_labels(new)} against {_labels(baseline)}"
+            f"{new.name} and {baseline.name} have no finished arm in common that a deciding reward scored in both: "
+            f"{'; '.join([f'{_labels(new)} against {_labels(baseline)}', *missing[:4]])}. "
+            "Run what is missing, name rewards that decide with --rewards, or save a new baseline."
         )
     return Comparison(
         new, baseline, margin, tuple(rows), tuple(cost_rows(new, baseline)), tuple(_changes(new, baseline)),
-        tuple(_missing(new, baseline)),
+        tuple(missing),
     )  # fmt: skip
 
 
@@ -102,6 +104,11 @@ def _require_comparable(new: Snapshot, baseline: Snapshot) -> None:
         shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
         raise UserError(
             f"{new.name} is not comparable with {baseline.name}: {shown}. "
+            "Run with the settings of the baseline, or save a new one."
+        )
+    if not set(new.pairs) & set(baseline.pairs):
+        raise UserError(
+            f"{new.name} is not comparable with {baseline.name}: they have no evaluated prompt and latent in common. "
             "Run with the settings of the baseline, or save a new one."
         )
 
@@ -138,11 +145,6 @@ def _changes(new: Snapshot, baseline: Snapshot) -> list[str]:
             old = {key: value for key, value in theirs[label].items() if key != "label"}
             now = {key: value for key, value in arm.items() if key != "label"}
             found += _differences(old, now, f"{label}: ")
-    found += _differences(
-        {k: v for k, v in baseline.rewards.items() if k in new.rewards},
-        {k: v for k, v in new.rewards.items() if k in baseline.rewards},
-        "reward version: ",
-    )
     found += _differences(baseline.platform, new.platform, "platform: ")
     for cell in baseline.cells:
         ours = new.find(cell.arm, cell.reward).get(cell.seed)
@@ -152,7 +154,7 @@ def _changes(new: Snapshot, baseline: Snapshot) -> list[str]:
 
 
 def _missing(new: Snapshot, baseline: Snapshot) -> list[str]:
-    """Arms, cells, rewards that one side lacks; seeds only where they are too few to be compared by other seeds."""
+    """Arms, cells, rewards and scores that one side lacks; seeds where those of the others are compared in pairs."""
     found = []
     ours, theirs = ({str(arm["label"]) for arm in side.arms} for side in (new, baseline))
     found += [f"arm {label}: not in the new run" for label in sorted(theirs - ours)]
@@ -165,8 +167,31 @@ def _missing(new: Snapshot, baseline: Snapshot) -> list[str]:
     if not new.find(BASE, ""):
         found.append("the base model: not evaluated in the new run")
     found += [f"reward {name}: does not score the new run" for name in baseline.base_sd if name not in new.base_sd]
+    found += [
+        f"reward {name}: version {baseline.rewards.get(name)} in the baseline, {new.rewards.get(name)} in the new run"
+        for name in baseline.base_sd
+        if name in new.base_sd and name not in common_rewards(new, baseline)
+    ]
+    found += _gaps(new, baseline)
     found += [f"cell {name}: not finished in the new run" for name in new.missing if name != BASE]
     found += [f"cell {name}: not finished in the baseline" for name in baseline.missing]
+    return found
+
+
+def _gaps(new: Snapshot, baseline: Snapshot) -> list[str]:
+    """Seeds of the baseline that the new run did not plan though it has others of them, and cells without a score."""
+    found = []
+    for arm in (str(arm["label"]) for arm in baseline.arms):
+        for reward in baseline.training_rewards:
+            ours, theirs = new.find(arm, reward), baseline.find(arm, reward)
+            common, lost = ours.keys() & theirs.keys(), sorted(theirs.keys() - ours.keys())
+            if lost and len(common) > 1:
+                found.append(f"{arm} on {reward}: seeds {', '.join(map(str, lost))} of the baseline")
+            for side, cells in (("new run", ours), ("baseline", theirs)):
+                scored = {s: cell.scored[reward].value for s, cell in cells.items() if reward in cell.scored}
+                empty = sorted(s for s, value in scored.items() if not math.isfinite(value))
+                if empty:
+                    found.append(f"{arm} on {reward}: seeds {', '.join(map(str, empty))} have no score in the {side}")
     return found
 
 

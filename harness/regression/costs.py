@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.regression.snapshot import Snapshot
+from harness.regression.snapshot import Snapshot, Trained
 from harness.stats.comparisons import paired, welch
 from harness.stats.intervals import NAN
 from harness.stats.seed_means import Array
@@ -78,12 +78,17 @@ def _of_cells(new: Snapshot, baseline: Snapshot, arm: str, name: str, counted: b
     theirs: list[Array] = []
     for reward in baseline.training_rewards:
         mine, yours = new.find(arm, reward), baseline.find(arm, reward)
-        common = sorted(mine.keys() & yours.keys()) if counted else []
+        # A count that one side lacks is left out of both: the others stay paired.
+        common = [s for s in sorted(mine.keys() & yours.keys()) if counted and _counts(mine[s], yours[s], name)]
         for cells, side in ((mine, ours), (yours, theirs)):
             side.append(_logs([cells[seed].costs.get(name, NAN) for seed in common or sorted(cells)]))
     if not all(len(values) for values in (*ours, *theirs)):
         return None
     return _row(arm, name, ours, theirs, counted, elsewhere)
+
+
+def _counts(mine: Trained, yours: Trained, name: str) -> bool:
+    return all(cell.costs.get(name, NAN) > 0 for cell in (mine, yours))
 
 
 def _logs(values: list[float]) -> Array:

@@ -18,7 +18,7 @@ from harness.stats.effects import standardised
 from harness.stats.gate import GateOutcome, gate
 from harness.stats.intervals import NAN, Interval, join
 from harness.stats.multiplicity import holm
-from harness.stats.seed_means import Array, seed_scores
+from harness.stats.seed_means import Array, is_constant, seed_scores
 
 ALPHA = 0.05
 LEVEL = 1 - 2 * ALPHA  # each bound of the interval is a one-sided test at ALPHA
@@ -73,6 +73,8 @@ class Matched:
         identical: All records of all these cells are the same.
         rounding: Largest relative difference of a picture's score; NaN where scores were not kept.
         shared: Share of the pictures that both have.
+        left_out: Seeds that only one side has. ``unscored``: those without a score in the new run that have one in the
+            baseline, and also all of them, as NaN, where no seed of the new run has one.
     """
 
     new: Array
@@ -82,6 +84,12 @@ class Matched:
     rounding: float
     shared: float
     left_out: tuple[int, ...]
+    unscored: tuple[int, ...] = ()
+
+    @property
+    def lacking(self) -> bool:
+        """Whether something was not compared since the new run has no score of it: no proof of anything good."""
+        return bool(self.unscored) or self.shared < 1
 
 
 def gate_rows(new: Snapshot, baseline: Snapshot, margin: float, also: Sequence[str]) -> list[Row]:
@@ -93,7 +101,7 @@ def gate_rows(new: Snapshot, baseline: Snapshot, margin: float, also: Sequence[s
         margin: Largest acceptable loss in base SD, positive.
         also: Evaluation rewards that decide besides the training reward.
     """
-    rewards = [name for name in baseline.base_sd if name in new.base_sd]
+    rewards = common_rewards(new, baseline)
     trained = [reward for reward in baseline.training_rewards if reward in new.training_rewards]
     rows: list[Row] = []
     for arm, place in _places(new, baseline, trained):
@@ -106,6 +114,12 @@ def gate_rows(new: Snapshot, baseline: Snapshot, margin: float, also: Sequence[s
                 rows.append(_row(family, arm, place, reward, [matched], margin, fixed, _golden(new, baseline, matched)))
     rows += _pooled(new, baseline, margin, trained)
     return [row for family in Family for row in _adjusted([row for row in rows if row.family == family])]
+
+
+def common_rewards(new: Snapshot, baseline: Snapshot) -> list[str]:
+    """Rewards that scored both, in the same version: scores of another one are other numbers."""
+    both = [name for name in baseline.base_sd if name in new.base_sd]
+    return [name for name in both if new.rewards.get(name) == baseline.rewards.get(name)]
 
 
 def _places(new: Snapshot, baseline: Snapshot, trained: Sequence[str]) -> list[tuple[str, str]]:
@@ -122,14 +136,19 @@ def _fixed(snapshot: Snapshot, arm: str) -> bool:
 
 
 def match(new: Snapshot, baseline: Snapshot, arm: str, training_reward: str, reward: str) -> Matched | None:
-    """Seed values of both; None where one of them has none.
+    """Seed values of both; None where one of them has no cell, the baseline no value, or both other pictures.
 
     Paired over the seeds that both have where these are at least two (or the arm has but one); otherwise all seeds of
     either side, as independent samples.
     """
     ours, theirs = (_with(side, arm, training_reward, reward) for side in (new, baseline))
-    if not ours or not theirs:
+    there = new.find(arm, training_reward)
+    if not there or not theirs:
         return None
+    unscored = tuple(sorted(there.keys() - ours.keys())) if ours else tuple(sorted(there))
+    if not ours:
+        known = standardised([theirs[s].scored[reward].value for s in sorted(theirs)], baseline.base_sd[reward])
+        return Matched(np.full(len(there), NAN), known, False, False, NAN, 0.0, (), unscored)
     common = sorted(ours.keys() & theirs.keys())
     paired = len(common) >= min(2, len(ours), len(theirs))
     if not common:
@@ -137,6 +156,8 @@ def match(new: Snapshot, baseline: Snapshot, arm: str, training_reward: str, rew
     mine, yours = (common, common) if paired else (sorted(ours), sorted(theirs))
     left_out = tuple(sorted(ours.keys() ^ theirs.keys())) if paired else ()
     mask = _shared_pairs(new, baseline, [*(ours[s] for s in mine)], [*(theirs[s] for s in yours)], reward)
+    if mask is None and new.pairs != baseline.pairs:
+        return None  # gains as stored are means over other pictures
     sd = baseline.base_sd[reward]
     values = [
         standardised(_values(side, cells, seeds, reward, where), sd)
@@ -145,10 +166,16 @@ def match(new: Snapshot, baseline: Snapshot, arm: str, training_reward: str, rew
             (baseline, theirs, yours, mask[1] if mask else None),
         )
     ]
-    same = paired and all(ours[s].scored[reward].sha256 == theirs[s].scored[reward].sha256 for s in common)
+    same = paired and _same_base(new, baseline, reward)  # a gain depends on the base model's scores, too
+    same = same and all(ours[s].scored[reward].sha256 == theirs[s].scored[reward].sha256 for s in common)
     off = _rounding(new, baseline, ours, theirs, common, reward) if paired and mask else NAN
     kept = len(mask[0]) / max(len(new.pairs), len(baseline.pairs), 1) if mask else 1.0
-    return Matched(values[0], values[1], paired, same, off, kept, left_out)
+    return Matched(values[0], values[1], paired, same, off, kept, left_out, unscored)
+
+
+def _same_base(new: Snapshot, baseline: Snapshot, reward: str) -> bool:
+    ours, theirs = ([cell.scored[reward].sha256 for cell in side.find(BASE, "").values()] for side in (new, baseline))
+    return ours == theirs
 
 
 def _with(side: Snapshot, arm: str, training_reward: str, reward: str) -> dict[int, Trained]:
@@ -254,14 +281,30 @@ def _row(
     fixed: bool,
     golden: str,
 ) -> Row:
-    """Judge one comparison, before the adjustment for others."""
+    """Judge one comparison, before the adjustment for others; what has no score in the new run may have lost."""
+    row = _judged(family, arm, training_reward, reward, every, margin, fixed, golden)
+    if any(m.lacking for m in every) and row.outcome is not GateOutcome.WORSE:
+        row = replace(row, outcome=GateOutcome.INCONCLUSIVE, needed=None)
+    return row
+
+
+def _judged(
+    family: Family,
+    arm: str,
+    training_reward: str,
+    reward: str,
+    every: Sequence[Matched],
+    margin: float,
+    fixed: bool,
+    golden: str,
+) -> Row:
     ours, theirs = [m.new for m in every], [m.baseline for m in every]
     new, baseline = (float(np.mean([values.mean() for values in side])) for side in (ours, theirs))
     paired = all(m.paired for m in every)
     seeds = min(min(len(m.new), len(m.baseline)) for m in every)
     row = Row(
         family, arm, training_reward, reward, GateOutcome.INCONCLUSIVE, new, baseline,
-        Interval(new - baseline, NAN, NAN, LEVEL, seeds), seeds, "", golden=golden, note=_note(every, margin, new),
+        Interval(new - baseline, NAN, NAN, LEVEL, seeds), seeds, "", golden=golden, note=_note(every, baseline),
     )  # fmt: skip
     if all(m.identical for m in every):
         same = Interval(0.0, 0.0, 0.0, LEVEL, seeds)
@@ -271,6 +314,9 @@ def _row(
         return replace(row, outcome=GateOutcome.EQUIVALENT, how="equal up to rounding")
     if fixed:
         return replace(row, outcome=_exact(new - baseline, margin), how="one value each, no seed variance")
+    if all(m.paired and is_constant(m.new - m.baseline) for m in every) and 0.5**seeds < ALPHA:
+        # Such as a base model that moved. Fewer seeds can agree by chance where a reward has few values (sign test).
+        return replace(row, outcome=_exact(new - baseline, margin), how=f"paired, {seeds} seeds with one difference")
     # Where only some strata share seeds, all are taken as independent: conservative where they are not.
     result = gate(ours, theirs, margin, alpha=ALPHA, same_seeds=paired)
     counts = " and ".join(dict.fromkeys(str(min(map(len, side))) for side in (ours, theirs)))
@@ -278,7 +324,7 @@ def _row(
     note = join(row.note, "" if result.difference.df > 0 else result.difference.note)
     return replace(
         row,
-        outcome=result.outcome,
+        outcome=GateOutcome.EQUIVALENT if result.outcome is GateOutcome.IDENTICAL else result.outcome,  # records differ
         difference=result.difference,
         how=how,
         p_worse=result.difference.p_value(-margin, "less"),
@@ -296,13 +342,15 @@ def _exact(difference: float, margin: float) -> GateOutcome:
     return GateOutcome.IMPROVED if difference > 0 else GateOutcome.WORSE
 
 
-def _note(every: Sequence[Matched], margin: float, new: float) -> str:
-    left = sorted({seed for m in every for seed in m.left_out})
+def _note(every: Sequence[Matched], baseline: float) -> str:
+    unscored = sorted({seed for m in every for seed in m.unscored})
+    left = sorted({seed for m in every for seed in m.left_out} - set(unscored))
     shared = min(m.shared for m in every)
     return join(
-        "" if math.isfinite(new) else "the base model's scores have no spread, the unit of the margin",
+        "" if math.isfinite(baseline) else "the base model's scores have no spread, the unit of the margin",
+        f"no score in the new run: seeds {', '.join(map(str, unscored))}" if unscored else "",
         f"without seeds that only one side has: {', '.join(map(str, left))}" if left else "",
-        f"on the {shared:.0%} of pictures that both have" if shared < 1 else "",
+        f"on the {shared:.0%} of pictures that both have" if 0 < shared < 1 else "",
     )
 
 

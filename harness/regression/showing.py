@@ -36,7 +36,7 @@ MEANING = {
     GateOutcome.IMPROVED: "nothing is worse, something is better",
     GateOutcome.NOT_WORSE: "no loss as large as the margin",
     GateOutcome.WORSE: "a loss larger than the margin",
-    GateOutcome.INCONCLUSIVE: "too few seeds to exclude a loss as large as the margin",
+    GateOutcome.INCONCLUSIVE: "a loss as large as the margin is not excluded",
 }
 
 

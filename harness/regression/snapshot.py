@@ -16,7 +16,7 @@ import numpy as np
 from harness.errors import UserError
 from harness.report.account import cost_row, data_until
 from harness.report.gains import Gains
-from harness.report.records import BASE, DEFAULT_VARIANT, FINAL, HELD_OUT, SCHEMA, Cell, Run, load_run
+from harness.report.records import BASE, DEFAULT_VARIANT, FINAL, HELD_OUT, SCHEMA, Cell, Run, load_run, weights
 from harness.stats.seed_means import Array
 
 BASELINE_SCHEMA = 1
@@ -70,7 +70,7 @@ class Snapshot:
         git: Commit and whether the tree was changed. ``command``: that made the run.
         platform: What rounding depends on; bits can be expected to be equal where it is.
         identity: What makes runs comparable: weights, prompts, sampler, budget, evaluation, adapter.
-        rewards: Version of each evaluation reward.
+        rewards: Version of each evaluation reward, with its weights; of a weighted sum those of its terms.
         arms: Label, method, version, kind, whether seeded, config and sampler of each.
         base_sd: By reward, the base model's spread within a prompt: the unit of margins.
         pairs: K times prompt and latent of the held-out evaluation.
@@ -132,7 +132,7 @@ def take(folder: Path, name: str = "") -> Snapshot:
             "dtype": config.get("dtype"),
             "reward_dtype": config.get("reward_dtype", "float32"),
         },
-        rewards={reward.name: reward.version for reward in run.rewards if reward.name in rewards},
+        rewards={name: _version(run, name) for name in rewards},
         arms=tuple(
             {key: arm.get(key) for key in ("label", "method", "version", "kind", "seeded", "config", "sampler")}
             for arm in plan["arms"]
@@ -144,6 +144,17 @@ def take(folder: Path, name: str = "") -> Snapshot:
         missing=tuple(cell.name for cell in (run.base, *run.cells) if not cell.counts),
         timing=run.timing,
     )
+
+
+def _version(run: Run, reward: str) -> str:
+    """What its numbers depend on."""
+    known = {str(entry["name"]): entry for entry in run.plan.get("rewards", [])}
+    if reward not in known:
+        return ", ".join(f"{name} {_version(run, name)}" for name in sorted(weights(reward) or {}) if name in known)
+    files = known[reward].get("weights_sha256") or {}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    version = str(known[reward].get("version", "unknown"))
+    return f"{version}, weights {digest[:12]}" if files else version
 
 
 @dataclass
@@ -213,15 +224,24 @@ def read(path: Path) -> Snapshot:
     """A file that `text_of` gave.
 
     Raises:
-        UserError: It is none, or of another schema.
+        UserError: It is none, of another schema, or damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         schema = content["baseline schema"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} holds no baseline; save one with `python -m harness baseline save RUN NAME`") from None
-    if schema != BASELINE_SCHEMA:
+    if type(schema) is not int or schema != BASELINE_SCHEMA:
         raise UserError(f"{path}: a baseline of schema {schema!r}; this version reads {BASELINE_SCHEMA}: save it again")
+    try:
+        return _checked(_from(content))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); take it from version control, or save it again"
+        ) from None
+
+
+def _from(content: Mapping[str, Any]) -> Snapshot:
     cells = tuple(
         Trained(
             cell["arm"],
@@ -243,6 +263,34 @@ def read(path: Path) -> Snapshot:
         cells=cells,
         missing=(),
     )
+
+
+def _checked(snapshot: Snapshot) -> Snapshot:
+    """The same; raises ValueError where a file that was edited by hand cannot be compared with."""
+    labels = {str(arm["label"]) for arm in snapshot.arms}
+    names = [(cell.arm, cell.reward, cell.seed) for cell in snapshot.cells]
+    wrong = {
+        "a text is none": not all(isinstance(t, str) for t in (snapshot.name, snapshot.run, snapshot.until)),
+        "git lacks commit and dirty": not {"commit", "dirty"} <= set(snapshot.git),
+        "an object is none": not all(
+            isinstance(o, dict) for o in (snapshot.platform, snapshot.identity, snapshot.rewards, snapshot.timing)
+        ),
+        "an arm lacks its method": not all("method" in arm for arm in snapshot.arms),
+        "a cell is there twice": len(set(names)) < len(names),
+        "a cell is of no arm": not {arm for arm, *_ in names} <= {*labels, BASE},
+        "the base model is missing": BASE not in {arm for arm, *_ in names},
+        "a seed is no whole number": not all(type(seed) is int for *_, seed in names),
+        "a base SD is not above zero": not all(math.isnan(sd) or sd > 0 for sd in snapshot.base_sd.values()),
+        "a cell lacks a reward": not all(snapshot.base_sd.keys() <= cell.scored.keys() for cell in snapshot.cells),
+        "scores and pairs differ in number": any(
+            scored.scores is not None and scored.scores.shape != (len(snapshot.pairs),)
+            for cell in snapshot.cells
+            for scored in cell.scored.values()
+        ),
+    }
+    if found := [what for what, so in wrong.items() if so]:
+        raise ValueError(found[0])
+    return snapshot
 
 
 def _scored(content: Mapping[str, Any]) -> Scored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,6 +115,53 @@ def test_strict_minds_what_is_open(old: Path, call) -> None:  # type: ignore[no-
     code, text = call("compare", new, old, "--strict")
     assert code == 2
     assert "undecided: --strict" in text
+
+
+def _edit(content: dict[str, Any], path: tuple[str | int, ...], value: object) -> None:
+    *parents, last = path
+    target: Any = content
+    for key in parents:
+        target = target[key]
+    if value is None:
+        del target[last]
+    else:
+        target[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *(((key,), None) for key in ("name", "git", "platform", "identity", "rewards", "arms", "cells", "pairs")),
+        *(((key,), 5) for key in ("git", "platform", "rewards", "arms", "training_rewards", "base_sd", "timing")),
+        (("baseline schema",), True),
+        (("git",), {}),
+        (("arms", 0, "label"), None),
+        (("base_sd", "emoji-3d"), -1.0),
+        (("base_sd", "emoji-3d"), 0.0),
+        (("cells", 1, "seed"), "x"),
+        (("cells", 1, "seed"), 2),
+        (("cells", 1, "arm"), "other"),
+        (("cells", 1, "scored", "emoji-3d"), None),
+        (("cells", 1, "scored", "emoji-3d", "scores"), [1.0]),
+        (("cells", 1, "scored", "emoji-3d", "value"), "much"),
+    ],
+)
+def test_an_edited_baseline_is_one_line(old: Path, call, path: tuple[str | int, ...], value: object) -> None:  # type: ignore[no-untyped-def]
+    """Whatever was taken out of the file or put into it by hand."""
+    call("baseline", "save", old, "mine")
+    pinned = old.parent / "baselines" / "mine.json"
+    edit_json(pinned, lambda content: _edit(content, path, value))
+    code, text = call("compare", old, "mine")
+    assert code == 2, text
+    assert "save it again" in text
+    assert text.count("\n") == 1
+
+
+def test_what_cannot_be_written_is_no_loss(old: Path, call) -> None:  # type: ignore[no-untyped-def]
+    """Exit code 1 is for what is WORSE alone."""
+    code, text = call("compare", old, old, "--markdown", old)
+    assert code == 2
+    assert "could not be written: Is a directory" in text
 
 
 @pytest.mark.parametrize(

@@ -252,13 +252,109 @@ def test_changed_versions_and_settings_are_shown(new: Path, old: Path) -> None:
     """They are no obstacle: a new version of a method is what one compares."""
     edit_json(new / "run.json", lambda plan: plan["arms"][0].update(version="2"))
     edit_json(new / "run.json", lambda plan: plan["arms"][0]["config"].update(learning_rate=0.01))
-    edit_json(new / "run.json", lambda plan: plan["rewards"][0].update(version="3"))
 
-    assert set(compared(new, old).changes) == {
-        "draft: version 1 → 2",
-        "draft: config.learning_rate 0.001 → 0.01",
-        "reward version: emoji-3d 1 → 3",
-    }
+    assert set(compared(new, old).changes) == {"draft: version 1 → 2", "draft: config.learning_rate 0.001 → 0.01"}
+
+
+@pytest.mark.parametrize(
+    ("place", "change"), [(0, {"version": "3"}), (0, {"weights_sha256": {"a.safetensors": "cd" * 32}})]
+)
+def test_scores_of_another_reward_are_not_compared(new: Path, old: Path, place: int, change: dict[str, object]) -> None:
+    """Another version or other weights: larger numbers are no improvement. Only the training reward is needed."""
+    shifted(new, 1.0, "draft--*")
+    edit_json(new / "run.json", lambda plan: plan["rewards"][place].update(change))
+    with pytest.raises(UserError, match=r"reward emoji-3d: version 1 in the baseline, (3|1, weights [0-9a-f]{12}) in"):
+        compared(new, old)
+    shutil.copy(old / "run.json", new / "run.json")
+    edit_json(new / "run.json", lambda plan: plan["rewards"][3].update(change))
+    found = compared(new, old)
+    assert "emoji-clip-heldout" not in {r.reward for r in found.rows}
+    assert any("reward emoji-clip-heldout: version 1" in line for line in found.missing)
+    with pytest.raises(UserError, match="--rewards: 'emoji-clip-heldout' did not score both runs in one version"):
+        compared(new, old, 0.1, "emoji-clip-heldout")
+
+
+def unscored(scores: pd.DataFrame, latents: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
+    """The training reward gave no number."""
+    gone = (scores["reward"] == "emoji-3d") & scores["noise_id"].isin(latents)
+    return scores.assign(score=scores["score"].where(~gone))
+
+
+@pytest.mark.parametrize("cells", ["draft--*", "draft--*seed3"])
+@pytest.mark.parametrize("latents", [(0, 1), (1,)])
+def test_what_has_no_score_is_not_called_good(new: Path, old: Path, cells: str, latents: tuple[int, ...]) -> None:
+    """A completed cell, or some pictures of it, scored NaN: that the others are equal is no proof."""
+    found = compared(edit_scores(new, lambda s: unscored(s, latents), cells), old)
+
+    assert row(found, "draft").outcome is GateOutcome.INCONCLUSIVE
+    assert row(found, "ddpo").outcome is GateOutcome.IDENTICAL
+    assert found.outcome is GateOutcome.INCONCLUSIVE
+    assert found.undecided
+    if latents == (1,):
+        assert "on the 50% of pictures that both have" in row(found, "draft").note
+    else:
+        seeds = "3" if "seed3" in cells else "0, 1, 2, 3, 4"
+        assert f"no score in the new run: seeds {seeds}" in row(found, "draft").note
+        assert f"draft on emoji-3d: seeds {seeds} have no score in the new run" in found.missing
+
+
+def test_a_loss_is_worse_also_where_something_has_no_score(new: Path, old: Path) -> None:
+    """The seeds that have scores are enough."""
+    edit_scores(shifted(new, -0.5, "draft--*", spread=0.05), unscored, "draft--*seed3")
+
+    assert row(compared(new, old), "draft").outcome is GateOutcome.WORSE
+
+
+def test_a_gain_over_another_base_model_is_another_gain(new: Path, old: Path) -> None:
+    """The cells' records are the same, and the base model has risen by half a base SD: gains have fallen by as much."""
+    found = compared(shifted(new, 0.5 * base_sd(old), "base"), old)
+
+    assert row(found, "draft").difference.estimate == pytest.approx(-0.5)
+    assert row(found, "draft").outcome is GateOutcome.WORSE
+    assert row(found, "draft").how == "paired, 5 seeds with one difference"
+    assert row(found, "base").outcome is GateOutcome.IMPROVED
+
+
+def test_few_seeds_with_one_difference_are_no_evidence(tmp_path: Path) -> None:
+    """Four equal losses may be chance where a reward has few values: one in sixteen even without a loss."""
+    old = made(tmp_path / "old", seeds=4)
+    new = shifted(Path(shutil.copytree(old, tmp_path / "new")), 0.5 * base_sd(old), "base")
+
+    assert row(compare(take(new), take(old)), "draft").outcome is GateOutcome.INCONCLUSIVE
+
+
+def test_equal_ends_of_other_records_are_not_identical(tmp_path: Path) -> None:
+    """Equal pictures at the end, other points along training: equivalent, since identical means all records."""
+    old = made(tmp_path / "old", seeds=2)
+    new = Path(shutil.copytree(old, tmp_path / "new"))
+    edit_scores(new, lambda s: s[s["point"] == "final"], "draft--*")
+
+    assert row(compare(take(new), take(old)), "draft").outcome is GateOutcome.EQUIVALENT
+
+
+def test_other_prompts_or_latents_are_refused(new: Path, old: Path) -> None:
+    """Gains that are stored beside pictures are means over these."""
+    edit_scores(new, lambda s: s.assign(noise_id=s["noise_id"] + 10))
+    with pytest.raises(UserError, match="no evaluated prompt and latent in common"):
+        compared(new, old)
+
+
+def test_seeds_that_were_not_planned_again_are_said(new: Path, old: Path) -> None:
+    """Three of five seeds are compared in pairs, and the comparison is not complete."""
+    edit_json(new / "run.json", lambda p: p.update(cells=[c for c in p["cells"] if c["seed"] in (-1, 0, 2, 3)]))
+    found = compared(new, old)
+
+    assert "draft on emoji-3d: seeds 1, 4 of the baseline" in found.missing
+    assert found.undecided
+
+
+def test_without_a_reward_that_decides_nothing_is_said(new: Path, old: Path) -> None:
+    """The training reward scored nothing in the new run, other rewards did; or gave the base model no number."""
+    edit_scores(new, unscored, "base")
+    assert compared(new, old).outcome is GateOutcome.INCONCLUSIVE
+    edit_scores(new, lambda s: s[s["reward"] != "emoji-3d"])
+    with pytest.raises(UserError, match="reward emoji-3d: does not score the new run"):
+        compared(new, old)
 
 
 def test_on_another_platform_bits_are_not_expected(new: Path, old: Path) -> None:

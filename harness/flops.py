@@ -39,6 +39,7 @@ def denoiser_row(model: DiffusionModel, sampler: SamplerConfig, batch: Sequence[
 
     timesteps = model.timesteps(sampler)
     condition = model.condition([request.prompt.text for request in batch])
+    model.condition([""] * len(batch))  # encoded once a run and kept: no part of a row
     parameters = list(model.adapter_parameters().values())
     rows = len(batch) * model.rows_per_latent(sampler.guidance)
 

@@ -124,14 +124,7 @@ def test_units_times_counts_are_what_an_iteration_takes(
     setup = lab(model, Convolved, steps=3, guidance=4.0, eta=eta, micro_batch=2, checkpointing=how)  # type: ignore[arg-type]
     tuner = setup.tuner(method, **options)
     batch = requests(model, tuner.requests_per_iteration)
-    for request in batch:
-        model.condition([request.prompt.text])  # encoded once a run and kept, so that no unit has it
-    model.condition([""])
-    with FlopCounterMode(display=False) as counter:
-        tuner.iterate(batch)
-
-    cost = setup.meter.cost
-    assert (cost.recomputed_rows > 0) == (checkpointing != "off")
+    # First of all: prompts are encoded once a run and kept, which is part of no unit.
     latents = requests(model, 2, seed=7)
     sampler = setup.context.sampler
     units = {
@@ -141,6 +134,12 @@ def test_units_times_counts_are_what_an_iteration_takes(
             "convolved": scored_picture(Convolved(CPU), torch.zeros(2, 3, 16, 16, dtype=torch.float64), latents)
         },
     }
+    model.condition(["", *(request.prompt.text for request in batch)])
+    with FlopCounterMode(display=False) as counter:
+        tuner.iterate(batch)
+
+    cost = setup.meter.cost
+    assert (cost.recomputed_rows > 0) == (checkpointing != "off")
     run = run_of(units, [Convolved], setup.meter.rows_to_input / cost.backward_rows)
     expected = training_flops(run, Cell("c", "arm", "convolved", 0, "completed"), cost.counts())
     # A step that is computed again stops at the last tensor that its backward pass needs.

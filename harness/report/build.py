@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import pandas as pd
 
 from harness.report import account, findings, gradient_tables, mixes, narrative, regression, speed, tables, uses, watch
 from harness.report import formatting as f
@@ -18,10 +18,11 @@ from harness.report.figures import Figures, draw
 from harness.report.folder import REPORT, replacing
 from harness.report.page.write import write_page
 from harness.report.records import load_run
-from harness.report.style import drawing, write_figure
+from harness.report.style import drawing
 from harness.report.tables import Table
 from harness.report.unseen import unseen_prompts
 from harness.report.variance import smallest_detectable
+from harness.report.writing import LARGE, figure_writer, write_csv
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -49,21 +50,25 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
 
 
 def _write(analysis: Analysis, folder: Path) -> None:
-    with drawing():
-        figures = draw(analysis)
-        for figure in figures.every:
-            write_figure(figure.figure, folder / figure.name, vector=figure.vector)
-            write_csv(figure.data, folder / f"{figure.name}.csv")
-    content = _content(analysis, figures)
-    for table in _tables_in(content):
-        write_csv(table.data, folder / f"{table.name}.csv")
-    text = tidy(environment().get_template("report.md.j2").render(content))
-    (folder / REPORT).write_text(text, encoding="utf-8")
+    with figure_writer(folder, beside=len(analysis.run.cells) >= LARGE) as write:
+        with drawing():
+            figures = draw(analysis, write)
+        content = _content(analysis, figures, _run_beside(analysis.run.folder, folder))
+        for table in _tables_in(content):
+            write_csv(table.data, folder / f"{table.name}.csv")
+        text = tidy(environment().get_template("report.md.j2").render(content))
+        (folder / REPORT).write_text(text, encoding="utf-8")
     write_page(analysis, text, folder)
 
 
-def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
-    """Everything that the template shows."""
+def _run_beside(run: Path, folder: Path) -> str:
+    """Address of the run's directory in links of its report; empty for a report that lies elsewhere."""
+    inside = folder.resolve().is_relative_to(run.resolve())
+    return Path(os.path.relpath(run.resolve(), folder.resolve())).as_posix() if inside else ""
+
+
+def _content(analysis: Analysis, figures: Figures, beside: str) -> dict[str, Any]:
+    """Everything that the template shows; ``beside``: address of the run's directory, or empty."""
     run = analysis.run
     scored = [reward for reward in run.training_rewards if reward in analysis.rewards]
     sections = [
@@ -127,7 +132,7 @@ def _content(analysis: Analysis, figures: Figures) -> dict[str, Any]:
         "threats": narrative.threats(analysis),
         "provenance": account.provenance(run),
         "inventory": account.inventory(run),
-        "cells": account.cells(run),
+        "cells": account.cells(run, beside),
         "raw": tables.raw_p([*analysis.primary, *every]),
     }
 
@@ -145,7 +150,7 @@ def _title(analysis: Analysis) -> str:
     run = analysis.run
     rewards = f.joined(list(run.training_rewards))
     arms = " vs ".join(run.arms) if len(run.arms) <= 3 else f"{len(run.arms)} methods"
-    return f"{arms} on {rewards} ({run.name}, data of {account.data_date(run)})"
+    return f"{arms} on {rewards}"
 
 
 def _arms(analysis: Analysis) -> list[dict[str, object]]:
@@ -215,11 +220,6 @@ def _table_text(table: Table) -> str:
 
 def _bullets(items: Sequence[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
-
-
-def write_csv(data: pd.DataFrame, path: Path) -> None:
-    """The same bytes for the same numbers."""
-    data.to_csv(path, index=False, lineterminator="\n")
 
 
 def tidy(text: str) -> str:

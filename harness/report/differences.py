@@ -17,6 +17,7 @@ from harness.report.style import DIVERGING, GREY, INK, PALE, looks, roomy, zero_
 from harness.stats.verdict import Judgement
 
 PAIRS = 15
+TALL = 10  # inches
 NUMBERED = 12
 TRAINING, POOLED = "training_reward", "all training rewards"
 COLUMNS = (
@@ -42,6 +43,8 @@ def differences(analysis: Analysis, name: str) -> Drawn | None:
     inner = [x for interval, _ in shown for x in (interval.estimate, interval.low, interval.high) if np.isfinite(x)]
     reach = 1.08 * max([2 * MARGIN, *np.abs(inner)])
     grid[-1].set_xlim(-reach, reach)
+    for axes in grid:  # the numbers of the last panel are far away in a tall figure
+        axes.tick_params(labelbottom=sum(heights) > TALL or axes is grid[-1])
     grid[-1].set_xlabel("difference of gains (base SD): right of 0 the first method gains more →")
     data = pd.DataFrame([_row(title, j) for title, found in blocks for j in found], columns=list(COLUMNS))
     seeds = sorted({j.difference.n for _, found in blocks for j in found})
@@ -180,9 +183,11 @@ def profile(analysis: Analysis, name: str) -> Drawn | None:
     for arm, found in known.items():
         share = np.mean([(values[:, None] >= levels).mean(axis=0) for values in found], axis=0)
         drawn = look[arm]
-        axes.step(levels, share, drawn.line, where="pre", color=drawn.colour, linewidth=1.6, label=arm)
-        every = np.linspace(0, len(levels) - 1, 6).astype(int)
-        axes.plot(levels[every], share[every], drawn.marker, color=drawn.colour, markersize=4)
+        every = np.linspace(0, len(levels) - 1, 6).astype(int).tolist()
+        axes.step(
+            levels, share, drawn.line, where="pre", color=drawn.colour, linewidth=1.6, label=arm,
+            marker=drawn.marker, markersize=4, markevery=every,
+        )  # fmt: skip
         rows += [
             {"arm": arm, "gain_base_sd": float(x), "share": float(y), "n": sum(map(len, found))}
             for x, y in zip(levels, share, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.report.analysis import Analysis
@@ -36,31 +37,32 @@ class Figures:
     probabilities: Drawn | None
     profile: Drawn | None
 
-    @property
-    def every(self) -> tuple[Drawn, ...]:
-        """All figures there are."""
-        single = (self.forest, self.curves, self.matrix, self.tradeoffs, self.gradients, self.variance)
-        pairs = (self.differences, self.probabilities, self.profile)
-        return (*(figure for figure in (*single, *pairs) if figure is not None), *self.pictures)
 
-
-def draw(analysis: Analysis) -> Figures:
-    """Draw everything; to be called inside `style.drawing`."""
+def draw(analysis: Analysis, write: Callable[[Drawn], None]) -> Figures:
+    """Draw everything, and hand over each figure as soon as it is drawn; to be called inside `style.drawing`."""
     rewards = analysis.run.training_rewards
+
+    def ready(figure: Drawn) -> Drawn:
+        write(figure)
+        return figure
+
+    def known(figure: Drawn | None) -> Drawn | None:
+        return None if figure is None else ready(figure)
+
     grids = {
         reward: picture_grid(analysis, reward, f"fig-05-pictures-{index}") for index, reward in enumerate(rewards, 1)
     }
-    kept = {reward: grid for reward, grid in grids.items() if grid is not None}
+    kept = {reward: ready(grid) for reward, grid in grids.items() if grid is not None}
     return Figures(
-        forest(analysis, "fig-01-forest"),
-        learning_curves(analysis, "fig-02-curves"),
-        heatmap(analysis, "fig-03-generalisation"),
-        tradeoffs(analysis, "fig-04-tradeoffs"),
+        ready(forest(analysis, "fig-01-forest")),
+        known(learning_curves(analysis, "fig-02-curves")),
+        known(heatmap(analysis, "fig-03-generalisation")),
+        known(tradeoffs(analysis, "fig-04-tradeoffs")),
         tuple(kept.values()),
         tuple(kept),
-        norms_figure(analysis.run.probes, analysis.run.arms, rewards[0], "fig-06-gradients"),
-        variance_figure(analysis, "fig-10-variance"),
-        differences(analysis, "fig-07-differences"),
-        probabilities(analysis, "fig-08-probabilities"),
-        profile(analysis, "fig-09-profile"),
+        known(norms_figure(analysis.run.probes, analysis.run.arms, rewards[0], "fig-06-gradients")),
+        known(variance_figure(analysis, "fig-10-variance")),
+        known(differences(analysis, "fig-07-differences")),
+        known(probabilities(analysis, "fig-08-probabilities")),
+        known(profile(analysis, "fig-09-profile")),
     )

@@ -42,7 +42,10 @@ def forest(analysis: Analysis, name: str) -> Drawn:
     caption = (
         "Gain over the base model (the line at 0) on held-out prompts, with the same prompts and latents. Bar: "
         f"{INTERVAL}; tick: mean; dots: training seeds ({sample(data).text}); hollow dots: diverged runs, counted "
-        "with their last finite checkpoint. Left: the reward that was trained on; right of it: measures that were not."
+        "with their last finite checkpoint. "
+    )
+    caption += (
+        "Left: the reward that was trained on; right of it: measures that were not."
         if analysis.run.relation == "trained on"
         else "Left: the first judge; right of it: the others."
     )
@@ -91,7 +94,7 @@ def _panel(axes: Axes, analysis: Analysis, gains: list[Gain], look: dict[str, Lo
     for y, gain in enumerate(gains):
         _arm(axes, y, gain, look[gain.arm])
     axes.set_ylim(len(gains) - 0.45, -0.62)
-    axes.set_yticks(range(len(gains)), [_label(analysis, gain.arm) for gain in gains] if labels else [""] * len(gains))
+    axes.set_yticks(range(len(gains)) if labels else [], [_label(analysis, gain.arm) for gain in gains] * labels)
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.spines["left"].set_visible(False)
     axes.use_sticky_edges = False
@@ -136,10 +139,11 @@ def _arm(axes: Axes, y: int, gain: Gain, look: Look) -> None:
         (~broken, look.colour, "white", 0.7),
         (broken, "white", look.colour, 1.2),
     ):
-        axes.plot(
-            gain.values[chosen], np.asarray(heights)[chosen], look.marker, markersize=5.5, markerfacecolor=face,
-            markeredgecolor=edge, markeredgewidth=width, linestyle="none", zorder=4,
-        )  # fmt: skip
+        if chosen.any():
+            axes.plot(
+                gain.values[chosen], np.asarray(heights)[chosen], look.marker, markersize=5.5, markerfacecolor=face,
+                markeredgecolor=edge, markeredgewidth=width, linestyle="none", zorder=4,
+            )  # fmt: skip
 
 
 def _alt(analysis: Analysis, panels: list[list[str]]) -> str:

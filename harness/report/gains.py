@@ -308,9 +308,13 @@ class Gains:
 
     def base_metric(self, name: str, *, point: str = FINAL) -> float:
         """The base model's mean over prompts of a metric, also at `0`; NaN where it has none."""
-        table = self.run.metrics
-        mine = table[(table["metric"] == name) & (table["arm"] == BASE) & (table["point"] == point)]
+        table = self._measured_base
+        mine = table[(table["metric"] == name) & (table["point"] == point)]
         return float(mine["value"].mean()) if len(mine) else float("nan")
+
+    @cached_property
+    def _measured_base(self) -> pd.DataFrame:
+        return self.run.metrics[self.run.metrics["arm"] == BASE]
 
 
 def arrange(rows: pd.DataFrame, column: str) -> SeedScores:

@@ -16,7 +16,8 @@ from harness.report.style import CORRELATION, DIVERGING, GREY, INK
 from harness.stats.intervals import Interval
 from harness.stats.matrix import reward_correlations
 
-WIDTH, ROW = 1.08, 0.46
+WIDTH, ROW, LOW = 1.08, 0.46, 0.2
+ROOMY = 32  # rows: with more, a cell has its estimate alone
 HEAD, GAP = 0.85, 0.4
 COLUMNS = (
     *("arm", "training_reward", "reward", "gain_base_sd", "low", "high", "adjusted_p"),
@@ -25,15 +26,19 @@ COLUMNS = (
 
 
 def heatmap(analysis: Analysis, name: str) -> Drawn | None:
-    """One block of rows per arm, one below the other on the same columns and scale; None without gains."""
+    """Blocks of rows, one below the other on the same columns and scale; None without gains.
+
+    One block per arm; with many rows one per training reward, so that arms are compared, and without intervals.
+    """
     columns = list(analysis.rewards)
-    blocks = _blocks(analysis)
+    crowded = len(analysis.run.arms) * len(analysis.run.training_rewards) > ROOMY
+    blocks = _blocks(analysis, by_arm=not crowded)
     data = pd.DataFrame(matrix_rows(analysis), columns=list(COLUMNS))
     reach = float(np.nanmax(np.abs(data["gain_base_sd"]))) if data["gain_base_sd"].notna().any() else 0.0
     if not columns or reach == 0.0:
         return None
     correlations = base_correlations(analysis)
-    heights = [len(rows) * ROW for _, rows in blocks] + [len(columns) * 0.3]
+    heights = [len(rows) * (LOW if crowded else ROW) for _, rows in blocks] + [len(columns) * 0.3]
     total = HEAD + sum(heights) + GAP * len(blocks) + 0.12
     figure = Figure(figsize=(2.2 + WIDTH * len(columns), total))
     labels = [f"{reward}\n({analysis.rewards[reward].role})" for reward in columns]
@@ -42,7 +47,7 @@ def heatmap(analysis: Analysis, name: str) -> Drawn | None:
     left, width = 1.75 / figure.get_figwidth(), WIDTH * len(columns) / figure.get_figwidth()
     for i, ((title, rows), height) in enumerate(zip(blocks, heights[:-1], strict=True)):
         axes = figure.add_axes((left, (top - height) / total, width, height / total))
-        _block(axes, rows, columns, norm, analysis)
+        _block(axes, rows, columns, norm, intervals=not crowded)
         axes.set_title(title, pad=36 if i == 0 else 4, fontsize=9.5)
         if i == 0:
             _top_labels(axes, labels)
@@ -51,9 +56,10 @@ def heatmap(analysis: Analysis, name: str) -> Drawn | None:
     _correlations(axes, correlations, columns, narrow)
     caption = (
         "Top: mean gain on held-out prompts in base-SD units (the spread of the base model's pictures within a "
-        "prompt), with its 95 % t interval over seed means; rows: what was trained on, columns: what the pictures were "
-        f"scored with; framed: the reward trained on. One colour scale for all ({sample(data).text}). Bottom: "
-        "correlation of the rewards over the base model's pictures; correlated rewards make a gain look like "
+        f"prompt){', intervals are in the data' if crowded else ', with its 95 % t interval over seed means'}; "
+        f"{'one block for each reward trained on' if crowded else 'rows: what was trained on'}, columns: what the "
+        f"pictures were scored with; framed: the reward trained on. One colour scale for all ({sample(data).text}). "
+        "Bottom: correlation of the rewards over the base model's pictures; correlated rewards make a gain look like "
         "generalisation."
     )
     return Drawn(
@@ -109,37 +115,47 @@ def base_correlations(analysis: Analysis) -> np.ndarray:
 Rows = list[tuple[str, str, tuple[Interval, ...]]]
 
 
-def _blocks(analysis: Analysis) -> list[tuple[str, Rows]]:
-    """Rows (label, reward trained on, cells): by arm, or all arms together where there is one training reward."""
+def _blocks(analysis: Analysis, *, by_arm: bool) -> list[tuple[str, Rows]]:
+    """Rows (label, reward trained on, cells): by arm, or by training reward, as where there is one."""
     matrices = analysis.matrices
     rewards = analysis.run.training_rewards
-    if len(rewards) == 1:
-        rows = [(arm, rewards[0], matrix.cells[0]) for arm, matrix in matrices.items()]
-        return [(f"{analysis.run.relation} {rewards[0]}", rows)]
+    if len(rewards) == 1 or not by_arm:
+        return [
+            (f"{analysis.run.relation} {reward}", [(arm, reward, matrix.cells[i]) for arm, matrix in matrices.items()])
+            for i, reward in enumerate(rewards)
+        ]
     return [
         (arm, [(trained, trained, cells) for trained, cells in zip(matrix.rows, matrix.cells, strict=True)])
         for arm, matrix in matrices.items()
     ]
 
 
-def _block(axes: Axes, rows: Rows, columns: list[str], norm: Normalize, analysis: Analysis) -> None:
+def _block(axes: Axes, rows: Rows, columns: list[str], norm: Normalize, *, intervals: bool) -> None:
     values = np.array([[cell.estimate for cell in cells] for _, _, cells in rows])
     axes.imshow(np.ma.masked_invalid(values), cmap=DIVERGING, norm=norm, aspect="auto")
     for i, (_, trained, cells) in enumerate(rows):
         for j, cell in enumerate(cells):
             light = abs(norm(cell.estimate) - 0.5) > 0.33 if np.isfinite(cell.estimate) else False
-            _cell_text(axes, i, j, cell, "white" if light else INK)
-            if columns[j] == trained:
+            _cell_text(axes, i, j, cell, "white" if light else INK, interval=intervals)
+            if columns[j] == trained and intervals:
                 frame = Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, fill=False, edgecolor="black", linewidth=1.6)
                 axes.add_patch(frame)
+    if not intervals and (trained := rows[0][1]) in columns:  # one frame around the column: all rows have one reward
+        place = (columns.index(trained) - 0.48, -0.46)
+        axes.add_patch(Rectangle(place, 0.96, len(rows) - 0.08, fill=False, edgecolor="black", linewidth=1.6))
     _bare(axes)
     axes.set_xticks(range(len(columns)), [""] * len(columns))
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
 
 
-def _cell_text(axes: Axes, i: int, j: int, cell: Interval, colour: str) -> None:
+def _cell_text(axes: Axes, i: int, j: int, cell: Interval, colour: str, *, interval: bool) -> None:
     if not np.isfinite(cell.estimate):
         axes.text(j, i, "–", ha="center", va="center", color=GREY)
+        return
+    if not interval:
+        places = min(decimals(cell.half_width), 2)
+        text = fixed(cell.estimate, places, sign=True)
+        axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
         return
     if not np.isfinite(cell.half_width):
         text = f"{significant(cell.estimate, 2, sign=True)}\n(n={cell.n})"

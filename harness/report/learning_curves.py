@@ -131,7 +131,7 @@ def _log_axis(axes: Axes, currency: str, seen: list[float]) -> None:
     if not seen or seen[0] <= 0:
         return
     axes.set_xscale("log", base=2 if currency == "queries" else 10)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     axes.xaxis.set_minor_formatter(NullFormatter())
     if currency == "queries" and len(seen) <= 6:
         axes.set_xticks(seen)
@@ -139,6 +139,10 @@ def _log_axis(axes: Axes, currency: str, seen: list[float]) -> None:
     elif seen[-1] / seen[0] < 300:
         axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
     axes.tick_params(axis="x", which="minor", color=GREY, length=2)
+
+
+def _tick(value: float, _: int) -> str:
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
 
 def _alt(curves: dict[str, list[Curve]]) -> str:

@@ -18,7 +18,7 @@ from harness.report.glyphs import FONT, make_readable
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, without yellow
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES = ("-", "--", ":")
+LINES = ("-", "--", ":", "-.")
 BASE_COLOUR = "#000000"
 INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
 DPI = 150

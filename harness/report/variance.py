@@ -25,7 +25,7 @@ PARTS = {
     "prompt": "prompts",
     "latent": "latents",
 }
-MOST_NAMED = 7
+MOST_NAMED, MANY = 7, 8
 OWN_TO_PROMPTS = ("prompt", "latent")
 SEEDS = (3, 4, 5, 6, 8, 10, 15, 20, 30)
 COLUMNS = (
@@ -41,7 +41,7 @@ def variance_figure(analysis: Analysis, name: str) -> Drawn | None:
         return None
     rewards = analysis.run.training_rewards
     primary = [q for q in questions(found) if q.pooled]
-    height = 0.9 + 0.34 * len(found.varying)
+    height = 0.9 + (0.34 if len(found.varying) <= MANY else 0.2) * len(found.varying)
     figure = Figure(figsize=(10.4, max(1.0 + height * len(rewards), 3.4)), layout=roomy())
     grid = figure.add_gridspec(len(rewards), 2, width_ratios=(1.25, 1))
     rows: list[dict[str, object]] = []
@@ -83,7 +83,7 @@ def _bars(axes: Axes, found: Pilot, reward: str, *, last: bool) -> list[dict[str
                 }
             )
     axes.set_yticks(range(len(found.varying)), list(found.varying))
-    axes.tick_params(axis="y", length=0, labelsize=9)
+    axes.tick_params(axis="y", length=0, labelsize=9 if len(found.varying) <= MANY else 7.5)
     axes.set_ylim(len(found.varying) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.set_xlim(left=0)

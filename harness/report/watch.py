@@ -300,10 +300,8 @@ def _prompt_means(run: Run) -> dict[str, pd.DataFrame]:
     kept = table[(table["point"] == FINAL) & (table["variant"] == DEFAULT_VARIANT)]
     kept = kept[kept["metric"].isin([*AXES, DRIFT]) & kept["prompt_id"].isin(prompts)]
     plain = kept.astype({"metric": str, "prompt_id": str, "cell": str})
-    return {
-        str(cell): rows.pivot_table(index="prompt_id", columns="metric", values="value")
-        for cell, rows in plain.groupby("cell")
-    }
+    wide = plain.pivot_table(index=["cell", "prompt_id"], columns="metric", values="value")
+    return {str(cell): rows.droplevel("cell").dropna(axis=1, how="all") for cell, rows in wide.groupby(level="cell")}
 
 
 def _changes(cells: Iterable[Cell], means: dict[str, pd.DataFrame], base: pd.DataFrame, name: str) -> Array:

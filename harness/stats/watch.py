@@ -142,7 +142,8 @@ def _flipped(values: Mapping[str, Array], now: int, flips: Array) -> tuple[Array
     for k, table in enumerate(values.values()):
         scaled = _scaled(table[:now] - table[now])
         observed[k] = scaled.sum(axis=1)
-        largest = np.maximum(largest, (flips @ scaled.T).max(axis=1))
+        for column in (flips @ scaled.T).T:  # few of them: much faster than the largest of each short row
+            largest = np.maximum(largest, column)
     return observed, largest
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -109,7 +109,7 @@ class BudgetConfig(BaseModel):
         "queries", description="What is counted; a cell stops before an iteration that could exceed the amount."
     )
     amount: float = Field(256, gt=0, allow_inf_nan=False, description="How much of it.")
-    curve_points: tuple[float, ...] = Field(
+    curve_points: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
         (32, 64, 128), description="Where along training the model is evaluated, in the budget's unit."
     )
 

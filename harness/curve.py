@@ -69,12 +69,19 @@ class CurveRecords:
         store.write_parquet(self._metrics(point), rows, store.METRIC_COLUMNS)
 
     def watch(self, point: str, rows: Sequence[Mapping[Any, Any]]) -> None:
-        """Warn of what a measured point shows.
+        """Warn of what a measured point shows; a fault of the watch is a warning, too, and costs no trained cell.
 
         Args:
             point: Of the grid, or `END`.
             rows: Its scores.
         """
+        try:
+            self._watch(point, rows)
+        except Exception as error:  # whatever it is: the records are complete without it, and reports watch them again
+            detail = f"the over-optimisation watch failed at point {point}: {type(error).__name__}: {error}"
+            self._warn({"detail": detail, "point": point, "witness": ""})
+
+    def _watch(self, point: str, rows: Sequence[Mapping[Any, Any]]) -> None:
         grid, base = self._workshop.grid, self._workshop.base_reference(self._directory.parent)
         split = list(self._workshop.evaluator.splits)[-1]
         tables = [pd.DataFrame([dict(row) for row in rows], columns=list(store.SCORE_COLUMNS)).assign(point=point)]

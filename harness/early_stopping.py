@@ -8,6 +8,7 @@ are counted where the variant's are reported.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ class EarlyStopping:
         self._rows += score_rows(identity, position, point, scores)
         means = {name: [s.score for s in scores if s.reward == name] for name in names}
         value = sum(weight * sum(means[name]) / max(1, len(means[name])) for weight, name in self._terms)
-        if not self.best or value > self.best["value"]:
+        # Any number beats what is none; a comparison with NaN would keep the first point for ever.
+        if not self.best or value > self.best["value"] or (isfinite(value) and not isfinite(self.best["value"])):
             queries = position["queries"] + self._queries
             self.best = {"value": value, "adapter": dict(adapter), "position": {**position, "queries": queries}}
 

@@ -228,6 +228,8 @@ def watch_rows(
     for rows, start in ((base_scores, START), (scores, "")):
         _fill(table, rows, start, rewards, points, prompts)
     arrays = dict(zip(rewards, _by_prompt(table), strict=True))
+    # A reward that was added to a finished run scored its end alone.
+    scored = {name: np.isfinite(one).any(axis=(1, 2)) for name, one in zip(rewards, table, strict=True)}
     distance = np.full((1, len(points), len(prompts), 1), np.nan)
     for rows, start in ((base_metrics, START), (metrics.along, "")):
         _fill(distance, rows, start, [DIVERSITY], points, prompts)
@@ -242,8 +244,9 @@ def watch_rows(
     warnings = tuple(
         Warned(training_reward, points[f.point], points[f.since], _mean(arrays[f.witness][0]), f) for f in result.falls
     )
-    along = [name for name in wanted if not np.isfinite(arrays[name]).any(axis=1).all()]
-    return CellWatch(tuple(points), warnings, result, tuple(along))
+    scored |= {name: np.isfinite(arrays[name]).any(axis=1) for name in wanted}
+    some = [name for name in witnesses_of(terms, roles) if name in wanted or (name in rewards and scored[name].any())]
+    return CellWatch(tuple(points), warnings, result, tuple(name for name in some if not scored[name].all()))
 
 
 def _fill(table: Array, rows: Rows, start: str, rewards: list[str], points: list[str], prompts: list[str]) -> None:
@@ -261,7 +264,8 @@ def _places(values: list[str], codes: NDArray[np.integer], names: list[str]) -> 
     """Index of each value among the names; -1 for another."""
     index = {name: k for k, name in enumerate(names)}
     known = np.array([*(index.get(_name(value), -1) for value in values), -1], dtype=np.intp)
-    return known[codes]
+    places: NDArray[np.intp] = known[codes]
+    return places
 
 
 def _name(point: object) -> str:

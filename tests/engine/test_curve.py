@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ import pytest
 from PIL import Image
 
 from harness import store
+from harness.api import Prompt
 from harness.base_reference import BaseReference, base_reference
-from harness.config import resolve
+from harness.config import EarlyStoppingConfig, resolve
 from harness.curve import PROMPTS_SHOWN
+from harness.early_stopping import EarlyStopping
 from harness.errors import UserError
+from harness.evaluation import Evaluated, Score
 from harness.grid import Grid
 from harness.metrics.appearance import AXES, appearance
 from harness.progress import status_lines
@@ -232,3 +236,73 @@ def test_the_flag_refuses_what_is_trained_on(
     with pytest.raises(UserError, match="--keep-best emoji-3d: that is trained on"):
         refuse_trained("emoji-3d", ["2*emoji-3d+1*emoji-clip"])
     refuse_trained("emoji-3d-heldout", ["2*emoji-3d+1*emoji-clip"])
+
+
+def test_a_fault_of_the_watch_costs_no_cell(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cell ends with the records that it would have had, and the log says that nobody watched."""
+    whole = bench.run("whole", **gaming(bench))
+
+    def broken(*args: object, **named: object) -> None:
+        raise ZeroDivisionError("no prompts")
+
+    monkeypatch.setattr("harness.curve.watch_cell", broken)
+    run = bench.run(**gaming(bench))
+    assert_same_run(run, whole)
+    told = [line["detail"] for line in warnings(run)]
+    assert told == [
+        f"the over-optimisation watch failed at point {point}: ZeroDivisionError: no prompts" for point in ("8", "end")
+    ]
+    assert any("WARNING: the over-optimisation watch failed" in line for line in status_lines(run))
+
+
+def test_a_witness_that_scored_the_end_alone_is_not_recorded(bench: Bench) -> None:
+    """A held-out reward that is added to a finished run scores stored pictures, of which curves have none."""
+    named = gaming(bench)
+    run = bench.run(**{**named, "evaluation_rewards": []})
+    bench.run(**named)
+    directory = cell(run, "draft")
+    scores, base = (pd.read_parquet(path / "scores.parquet") for path in (directory, run / "cells" / "base"))
+    seen = watch_cell(
+        scores[scores["split"] == "held-out"],
+        metrics(directory),
+        base[base["split"] == "held-out"],
+        metrics(run / "cells" / "base").query("point == '0'"),
+        training_reward=bench.reward("Brightness"),
+        terms={bench.reward("Brightness"): 1.0},
+        roles={bench.reward("Dimness"): "held-out"},
+        latents=2,
+        looks=2,
+    )
+    assert set(scores.loc[scores["reward"] == bench.reward("Dimness"), "point"]) == {"final"}
+    assert seen.unrecorded == (bench.reward("Dimness"),)
+
+
+class Judge:
+    """An evaluator whose scores are given beforehand, one for each point."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+        self.model = SimpleNamespace(latent_shape=(1,))
+
+    def pictures(self, generate: object, requests: list[Any]) -> tuple[None, None]:
+        """None are looked at."""
+        return None, None
+
+    def score(self, pictures: None, evaluated: list[Evaluated], names: list[str]) -> list[Score]:
+        """One for each."""
+        value = self.values.pop(0)
+        return [Score(e.split, e.request.prompt, e.request.noise_id, names[0], value) for e in evaluated]
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [([np.nan, 1.0, 2.0, 0.0], "2"), ([1.0, np.nan, 0.5], "0"), ([np.nan, np.nan], "0"), ([np.nan, -5.0, np.nan], "1")],
+)
+def test_a_point_without_a_number_is_never_the_best(values: list[float], best: str) -> None:
+    """Unless none has one."""
+    config = EarlyStoppingConfig(reward="r", prompts=1, latents=1)
+    stopping = EarlyStopping(Judge(list(values)), config, [Prompt("p", "a cat", {})])  # type: ignore[arg-type]
+    identity = {"cell": "c", "arm": "a", "method": "m", "training_reward": "r", "seed": 0}
+    for k in range(len(values)):
+        stopping.consider(None, {}, identity, {"iteration": k, "queries": 0.0}, str(k))  # type: ignore[arg-type]
+    assert stopping.kept["point"] == best

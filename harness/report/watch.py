@@ -96,8 +96,9 @@ def _by_cell(rows: Rows, cells: pd.Series) -> dict[str, Rows]:
     """The rows of each cell."""
     codes, names = pd.factorize(cells)
     order = np.argsort(codes, kind="stable")
-    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
-    parts = zip(names, [0, *ends[:-1].tolist()], ends.tolist(), strict=True)
+    counts = np.bincount(codes, minlength=len(names))
+    ends = np.cumsum(counts)
+    parts = zip(names, (ends - counts).tolist(), ends.tolist(), strict=True)
     return {str(name): rows.part(order[start:end]) for name, start, end in parts}
 
 

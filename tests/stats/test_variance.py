@@ -10,7 +10,7 @@ import pytest
 
 from harness.stats.comparisons import welch
 from harness.stats.intervals import crossed, crossed_difference, seed_t
-from harness.stats.power import minimum_detectable_difference, seeds_needed
+from harness.stats.power import minimum_detectable_difference, pilot_inflation, seeds_needed
 from harness.stats.seed_means import Array, SeedScores
 from harness.stats.variance import Components, Contrast, components, contrast
 
@@ -238,3 +238,11 @@ def test_copies_of_every_latent_change_no_prediction() -> None:
     for unseen in (False, True):
         first, second = once.expected(5, 8, 2, unseen=unseen), twice.expected(5, 8, 4, unseen=unseen)
         assert (first.standard_error, first.df) == pytest.approx((second.standard_error, second.df))
+
+
+def test_the_inflation_is_that_of_the_seeds_behind_a_contrast() -> None:
+    """One arm of five seeds: the pilot factor of five; two alike: their eight degrees of freedom, as of nine seeds."""
+    one = scores(simulate(np.random.default_rng(4), 5, 6, 2))
+
+    assert contrast([one], [1.0]).inflation == pytest.approx(pilot_inflation(5))
+    assert contrast([one, one], [1.0, -1.0]).inflation == pytest.approx(pilot_inflation(9))

@@ -31,7 +31,8 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write `report.md` and `report.html` with figures and tables, in the place of an older report.
 
     The same records give the same bytes: no clock, no absolute path, no random number enters. `report.html` has the
-    path from the report to the run's pictures, and so depends on where the one lies from the other.
+    path from the report to the run's pictures, and so depends on where the one lies from the other; the text links
+    cells to their records where the report lies in the run's directory.
 
     Args:
         run_dir: The run's directory, complete or partial.

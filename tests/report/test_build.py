@@ -121,11 +121,24 @@ def test_tables_are_narrow_enough_and_rectangular(main_report: Path) -> None:
 def test_same_bytes_from_shuffled_records_in_another_place(main_report: Path, tmp_path: Path) -> None:
     """Neither row order, nor place, nor time enters."""
     run = write_run(tmp_path / "elsewhere", main_job(), shuffle=3)
-    again = build_report(run, tmp_path / "out").parent
+    again = build_report(run).parent
     names = sorted(path.name for path in main_report.iterdir())
     assert names == sorted(path.name for path in again.iterdir())
     names.remove("report.html")  # it knows where the run's pictures lie; tests/report/test_page.py has its own
     assert [name for name in names if (main_report / name).read_bytes() != (again / name).read_bytes()] == []
+
+
+def test_cells_are_linked_to_their_records(tmp_path: Path) -> None:
+    """In the run's own report, and only where there is a record; a report elsewhere has no such links."""
+    made = main_job(seeds=2, images=False, missing=("ddpo--emoji-3d--seed1",))
+    run = write_run(tmp_path / "run", made)
+    text = build_report(run).read_text()
+    links = re.findall(r"\]\((\S+status\.json)\)", text)
+    assert len(links) == 4  # the base model, two of one arm, one of the other
+    assert all((run / "report" / link).is_file() for link in links)
+    elsewhere = build_report(run, tmp_path / "out").read_text()
+    assert "status.json" not in elsewhere
+    assert re.sub(r"\[([^\]]+)\]\(\S+status\.json\)", r"\1", text) == elsewhere
     assert list(tmp_path.glob(".out*")) == []
 
 

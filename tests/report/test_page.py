@@ -129,7 +129,12 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
     """Tables of a report, cell by cell, without the rule below the head."""
     blocks = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
     lines = [[re.split(r"(?<!\\)\|", line)[1:-1] for line in block.splitlines()] for block in blocks]
-    return [[[spaced(plain(cell)) for cell in row] for i, row in enumerate(rows) if i != 1] for rows in lines]
+    return [[[spaced(plain(unlinked(cell))) for cell in row] for i, row in enumerate(rows) if i != 1] for rows in lines]
+
+
+def unlinked(text: str) -> str:
+    """Of a link, its text."""
+    return re.sub(r"\[([^\]]+)\]\([^)]*status\.json\)", r"\1", text)
 
 
 def spaced(text: str) -> str:

@@ -23,13 +23,13 @@ def decimals(half_width: float) -> int:
 
 
 def fixed(value: float, places: int, *, sign: bool = False) -> str:
-    """A number with that many decimals, a proper minus, and thousands apart by thin spaces; a dash if not finite."""
+    """A number with that many decimals, a proper minus, and thousands apart by narrow spaces, a dash if not finite."""
     if not math.isfinite(value):
         return DASH
     text = f"{value:+,.{places}f}" if sign else f"{value:,.{places}f}"
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("+-")
-    return text.replace("-", "−").replace(",", "\u2009")
+    return text.replace("-", "−").replace(",", "\u202f")
 
 
 def significant(value: float, digits: int = 3, *, sign: bool = False) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from harness.report import formatting as f
+from harness.report.account import data_date
 from harness.report.analysis import DIVERSITY, Analysis, held_out_name
 from harness.report.heatmap import base_correlations
 from harness.report.records import HELD_OUT, Run
@@ -37,7 +38,11 @@ def scope(analysis: Analysis) -> str:
     told = f"{trained} {does}" if trained else ""
     if untrained:
         told += "; " if trained else ""
-        told += f"{untrained} (†) change no weights of the model {name} and ask {rewards} while they generate"
+        told += (
+            f"{untrained} (†) change no weights of the model {name} and ask {rewards} while they generate"
+            if len(run.inference) > 1
+            else f"{untrained} (†) changes no weights of the model {name} and asks {rewards} while it generates"
+        )
     if given:
         told += "; " if told else ""
         told += f"{given} (‡) {'were' if len(run.given) > 1 else 'was'} made elsewhere"
@@ -45,7 +50,8 @@ def scope(analysis: Analysis) -> str:
     counted = f", {f.plural(len(seeds), 'training seed')}" if trained or untrained else ""
     return (
         f"{told}{counted}. All are scored on the "
-        f"{f.plural(len(run.prompts('held-out')), 'held-out prompt')} of {f.markdown(suite.get('name', 'unknown'))}."
+        f"{f.plural(len(run.prompts('held-out')), 'held-out prompt')} of {f.markdown(suite.get('name', 'unknown'))}. "
+        f"Run `{_code(run.name)}`, data of {data_date(run)}."
     ) + (tuning if run.judged != HELD_OUT else "")
 
 
@@ -55,11 +61,15 @@ def lead(analysis: Analysis) -> str:
     names = [f.markdown(reward) for reward in analysis.run.training_rewards]
     what = names[0] if len(names) == 1 else f"the training reward, averaged over {f.joined(names)},"
     unit = "reward queries" if budget == "queries" else f.markdown(budget)
+    sd = "in base SD (the spread of the base model's pictures)"
     untrained = [f.markdown(arm) for arm in analysis.run.inference]
     apart = f" ({f.joined(untrained)} without any, at a price for each picture)" if untrained else ""
     if len(analysis.run.untrained) == len(analysis.run.arms) and not untrained:
-        return f"By the gain on {what} over the base model, on the suite's held-out prompts:"
-    return f"With the same budget of {unit}{apart}, by the gain on {what} on prompts that no method trained on:"
+        return f"By the gain on {what} over the base model, on the suite's held-out prompts, {sd}:"
+    prompts = (
+        "prompts that no method trained on" if analysis.run.judged == HELD_OUT else f"the {analysis.run.judged} prompts"
+    )
+    return f"With the same budget of {unit}{apart}, by the gain on {what} on {prompts}, {sd}:"
 
 
 def verdicts(analysis: Analysis) -> list[str]:
@@ -68,12 +78,18 @@ def verdicts(analysis: Analysis) -> list[str]:
         return ["Only one method was run: there is nothing to compare it with."]
     untrained, given = analysis.run.inference, analysis.run.given
     return [
-        f.markdown(j.sentence)
+        bold_verdict(j.sentence)
         + " † One of the two changes no weights." * ((j.arm in untrained) != (j.reference in untrained))
         + " ‡ What was made elsewhere has one instance: it may have been trained on these prompts, by any budget."
         * (j.arm in given or j.reference in given)
         for j in analysis.primary
     ]
+
+
+def bold_verdict(sentence: str) -> str:
+    """A judgement's sentence with what it says in bold, before the numbers."""
+    said, colon, numbers = sentence.partition(": difference ")
+    return f"**{f.markdown(said)}**{colon}{f.markdown(numbers)}" if colon else f.markdown(sentence)
 
 
 def outcomes(analysis: Analysis) -> list[str]:

@@ -19,7 +19,7 @@ from harness.report.style import DPI, GREY, PALE, looks
 PROMPTS, METHODS = 8, 10
 TILE, GAP = 192, 8
 LEFT, TOP, UNDER = 150, 62, 22
-LABEL_WIDTH = 26
+LABEL_WIDTH = 23
 COLUMNS = ("arm", "seed", "prompt_id", "prompt", "noise_id", "training_reward", "score", "picture")
 
 
@@ -61,11 +61,12 @@ def picture_grid(analysis: Analysis, training_reward: str, name: str) -> Drawn |
             f" Of {len(run.arms)} methods {run.reference} and the {len(shown) - 1} with the largest mean gain; "
             "pictures of all are in the run's directory."
         )
+    title = f"Pictures {'after training on' if run.relation == 'trained on' else run.relation} {training_reward}"
     alt = (
-        f"Grid of pictures: base model and {joined([line.arm for line in lines[1:]])} {run.relation} "
-        f"{training_reward}, for {len(prompts)} held-out prompts. Mean score of the row: " + _means(data) + "."
+        f"{title}: base model and {joined([line.arm for line in lines[1:]])}, for {len(prompts)} held-out prompts. "
+        f"Mean score of the row: {_means(data)}."
     )
-    return Drawn(name, f"Pictures {run.relation} {training_reward}", figure, data, caption, alt, vector=False)
+    return Drawn(name, title, figure, data, caption, alt, vector=False)
 
 
 def methods_shown(analysis: Analysis, training_reward: str) -> tuple[str, ...]:

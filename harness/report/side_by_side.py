@@ -18,18 +18,23 @@ from matplotlib.figure import Figure
 from harness.report import formatting as f
 from harness.report.account import data_date, flatten
 from harness.report.analysis import MARGIN, Analysis, analyse
-from harness.report.build import build_report, environment, tidy, write_csv
+from harness.report.build import build_report, environment, tidy
 from harness.report.captions import INTERVAL, Drawn, sample
 from harness.report.folder import REPORT, replacing
 from harness.report.forest import forest_rows
+from harness.report.narrative import bold_verdict
 from harness.report.page.write import PAGE, write_plain_page
 from harness.report.records import HELD_OUT, load_run
 from harness.report.style import INK, drawing, looks, roomy, write_figure, zero_line
 from harness.report.tables import Table, bounds, verdict_text
+from harness.report.writing import write_csv
 from harness.stats.intervals import seed_t
 from harness.stats.verdict import Judgement, Pair, Procedure, judge
 
 REPEATED = ("command", "started", "model", "suite")  # the plan's, or different for every run
+RESOLVED = ("methods", "arms", "settings", "rewards", "seeds", "model", "suite", "budget", "sampler", "findings")
+# What a gain depends on.
+DECISIVE = ("budget.amount", "budget.unit", "sampler.", "model.", "config.adapter.", "arm ")
 PLAN = ("config", "model", "suite", "sampler", "budget", "seeds", "training_rewards")
 
 
@@ -52,14 +57,16 @@ def build_side_by_side(run_dirs: Sequence[Path], out: Path) -> Path:
             if forest is not None:
                 write_figure(forest.figure, folder / forest.name)
                 write_csv(forest.data, folder / f"{forest.name}.csv")
+        settings = differing_settings(analyses, names)
         content: dict[str, Any] = {
             "title": f"{f.markdown(f.joined(names))} side by side",
             "lead": (
                 f"{f.plural(len(names), 'run')}, each with its own base model: gains are differences to the base model "
                 "of the same run on identical prompts and latents, in the spread of that base model's pictures."
             ),
-            "settings": _settings(analyses, names),
-            "verdicts": [f.markdown(j.sentence) for j in judgements] or ["Nothing can be compared between the runs."],
+            "settings": settings,
+            "caution": caution(settings) if judgements else "",
+            "verdicts": [bold_verdict(j.sentence) for j in judgements] or ["Nothing can be compared between the runs."],
             "left_out": left_out,
             "comparisons": _comparisons(judgements),
             "gains": _gains(analyses, names),
@@ -98,27 +105,44 @@ def _label(analyses: Sequence[Analysis], names: Sequence[str], place: int, arm: 
 # ------------------------------------------------------------------------------------------------------ what differs
 
 
-def _settings(analyses: Sequence[Analysis], names: Sequence[str]) -> Table:
+def differing_settings(analyses: Sequence[Analysis], names: Sequence[str]) -> Table:
     """Everything in the plans and versions that is not the same in all runs."""
     arms = set.intersection(*(set(analysis.run.arms) for analysis in analyses))
     every = [_described(analysis, arms) for analysis in analyses]
     keys = sorted({key for known in every for key in known})
-    texts = {key: [_text(known[key]) if key in known else f.DASH for known in every] for key in keys}
+    texts = {key: [_text(known.get(key)) for known in every] for key in keys}
     kept = {key: values for key, values in texts.items() if len(set(values)) > 1}
     rows = tuple((f.markdown(key), *map(f.markdown, values)) for key, values in kept.items())
     data = pd.DataFrame([{"setting": key, **dict(zip(names, values, strict=True))} for key, values in kept.items()])
     return Table("table-differences", ("setting", *map(f.markdown, names)), rows, data)
 
 
+def caution(settings: Table) -> str:
+    """What else than chance may have made a difference between runs; empty where they have the same settings."""
+    rows = settings.data.to_dict("split")["data"]
+    found = [f"{key} ({', '.join(values)})" for key, *values in rows if str(key).startswith(DECISIVE)]
+    if not found:
+        return ""
+    return (
+        f"The runs differ in {f.markdown(f.joined(found))}: a difference between their methods may come from that, and "
+        "not from the methods."
+    )
+
+
 def _text(value: Any) -> str:
-    """A value as text; 256 and 256.0 are the same."""
+    """A value as text; 256 and 256.0 are the same, and so are what is empty and what an older version did not have."""
+    if value is None or value in ([], {}, ""):
+        return f.DASH
     return f.value_text(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _described(analysis: Analysis, arms: set[str]) -> dict[str, Any]:
     """Settings of a run, of those arms that all runs have, of its rewards and of the machine."""
     run = analysis.run
-    known = flatten({key: run.plan[key] for key in PLAN if key in run.plan}) | {"methods": list(run.arms)}
+    plan = {key: run.plan[key] for key in PLAN if key in run.plan}
+    # What the plan has resolved is compared as it was resolved.
+    plan["config"] = {key: value for key, value in plan.get("config", {}).items() if key not in RESOLVED}
+    known = flatten(plan) | {"methods": list(run.arms)}
     for arm in run.plan["arms"]:
         if arm["label"] in arms:
             known |= flatten({key: arm.get(key) for key in ("method", "version", "config")}, f"arm {arm['label']}")

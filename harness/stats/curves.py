@@ -51,11 +51,12 @@ def log_auc(queries: ArrayLike, values: ArrayLike) -> Array:
         values: (S, G).
 
     Returns:
-        (S,); NaN for a seed with a missing point, and for all where fewer than two positive grid points exist.
+        (S,); NaN for a seed with a missing point, and for all where fewer than two different positive grid points
+        exist.
     """
     grid, curves = np.asarray(queries, dtype=np.float64), np.atleast_2d(np.asarray(values, dtype=np.float64))
     positive = grid > 0
-    if positive.sum() < 2:
+    if np.unique(grid[positive]).size < 2:
         return np.full(len(curves), np.nan)
     x = np.log(grid[positive])
     return np.asarray(np.trapezoid(curves[:, positive], x, axis=1) / (x[-1] - x[0]), dtype=np.float64)

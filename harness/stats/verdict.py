@@ -212,8 +212,8 @@ def _sentence(
     interval = comparison.interval
     if math.isnan(interval.estimate):
         return f"{pair.arm} and {pair.reference} cannot be compared: one of them has no result."
-    difference = f"difference {_bounds(interval, '+.3g')} {unit}"
-    evidence = f"{difference}, adjusted p {_equals(p)}, P(better) {_bounds(probability, '.2f')}"
+    difference = f"difference {_bounds(interval, sign='+')} {unit}"
+    evidence = f"{difference}, adjusted p {_equals(p)}, P(better) {_bounds(probability)}"
     if verdict in (Verdict.BETTER, Verdict.WORSE):
         return f"{pair.arm} is {verdict} than {pair.reference}: {evidence}."
     if verdict is Verdict.EQUIVALENT:
@@ -227,11 +227,14 @@ def _sentence(
     return f"{pair.arm} and {pair.reference} are not separated: {join(evidence, reason)}{power}."
 
 
-def _bounds(interval: Interval, style: str) -> str:
-    """Estimate with bounds, or with the reason why there are none."""
-    numbers = [format(x, style).replace("-", "−") for x in (interval.estimate, interval.low, interval.high)]
-    if math.isnan(interval.low):
-        return f"{numbers[0]} (no interval)"
+def _bounds(interval: Interval, sign: str = "") -> str:
+    """Estimate with bounds, to two digits of the half-width; or that there are none."""
+    half = interval.half_width
+    if not math.isfinite(half):
+        return f"{format(interval.estimate, f'{sign}.3g').replace('-', '−')} (no interval)"
+    places = min(max(1 - math.floor(math.log10(half)), 0), 6) if half > 0 else 2
+    every = (interval.estimate, interval.low, interval.high)
+    numbers = [format(x, f"{sign}.{places}f").replace("-", "−") for x in every]
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
 
 

@@ -13,7 +13,7 @@ from harness.stats.intervals import Interval
     [
         (3.3162, 0.1777, "+3.32 [+3.14, +3.49]"),
         (-0.27312, 0.0196, "−0.273 [−0.293, −0.254]"),
-        (1234.4, 520.0, "+1\u2009234 [+714, +1\u2009754]"),
+        (1234.4, 520.0, "+1\u202f234 [+714, +1\u202f754]"),
         (0.0, 0.001, "0.0000 [−0.0010, +0.0010]"),
     ],
 )
@@ -43,7 +43,7 @@ def test_markdown_is_escaped_on_one_line() -> None:
 
 def test_counts_and_spreads() -> None:
     """Thousands, ranges and lists as people write them."""
-    assert f.count(12800.0) == "12\u2009800"
+    assert f.count(12800.0) == "12\u202f800"
     assert f.spread([35.1, 37.0, 39.1]) == "37.1 (35.1–39.1)"
     assert f.spread([]) == "–"
     assert f.joined(["a", "b", "c"]) == "a, b and c"

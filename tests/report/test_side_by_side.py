@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from harness.cli import app
 from harness.report.analysis import Analysis, analyse
 from harness.report.records import load_run
-from harness.report.side_by_side import build_side_by_side, why_not_comparable
+from harness.report.side_by_side import build_side_by_side, caution, differing_settings, why_not_comparable
 from tests.report.synthetic import Made, main_job, write_run
 from tests.report.test_page import Page
 
@@ -111,6 +111,22 @@ def test_other_prompts_latents_or_versions_are_not_compared(tmp_path: Path) -> N
     (run / "run.json").write_text(json.dumps(plan))
     assert "versions (1 and 2)" in why_not_comparable(first, analyse(load_run(run)), "emoji-3d")
     assert "not scored in both" in why_not_comparable(first, latents, "jpeg-compressibility")
+
+
+def test_a_difference_that_settings_may_explain_is_not_left_to_the_methods(tmp_path: Path) -> None:
+    """Budget and sampler are named before a verdict; names, seeds and what is empty are not."""
+    runs = [made(tmp_path, name, {}) for name in ("one", "other")]
+    changes = ({"early_stopping": None}, {"budget": {"amount": 128}, "sampler": {"steps": 7}, "variants": []})
+    plans = [json.loads((run / "run.json").read_text()) for run in runs]
+    for run, plan, change in zip(runs, plans, changes, strict=True):
+        known = {key: {**plan.get(key, {}), **change[key]} for key in ("budget", "sampler") if key in change}
+        config = {key: value for key, value in change.items() if key not in known}
+        (run / "run.json").write_text(json.dumps({**plan, **known, "config": {**plan.get("config", {}), **config}}))
+    found = differing_settings([analyse(load_run(run)) for run in runs], ["one", "other"])
+    assert list(found.data["setting"]) == ["budget.amount", "sampler.steps"]
+    assert "budget.amount (256, 128) and sampler.steps (" in caution(found)
+    same = differing_settings([analyse(load_run(runs[0]))] * 2, ["one", "one (2)"])
+    assert caution(same) == ""
 
 
 def test_each_run_keeps_its_own_base_model(tmp_path: Path) -> None:

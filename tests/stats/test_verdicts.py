@@ -22,9 +22,9 @@ def test_better_and_worse() -> None:
     up = judge_one(CENTRED + 5, CENTRED)
     down = judge_one(CENTRED, CENTRED + 5)
     assert (up.verdict, down.verdict) == (Verdict.BETTER, Verdict.WORSE)
-    assert up.sentence.startswith("new is better than old: difference +5 [")
+    assert up.sentence.startswith("new is better than old: difference +5.0 [")
     assert "adjusted p < 0.001" in up.sentence
-    assert "−5 [−" in down.sentence
+    assert "−5.0 [−" in down.sentence
 
 
 def test_not_separated_states_what_could_have_been_found() -> None:

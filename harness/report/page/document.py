@@ -129,12 +129,14 @@ def _block(content: str, **meta: bool) -> Token:
 
 
 def _embed(token: Token, source: Callable[[str], str]) -> None:
-    """Replace the sources of pictures, in HTML and in Markdown."""
+    """Replace the sources of pictures, in HTML and in Markdown, and keep intervals on one line."""
     for part in (token, *(token.children or [])):
         if part.type in ("html_block", "html_inline"):
             part.content = IMAGE.sub(lambda m: m[1] + html.escape(source(html.unescape(m[2]))) + m[3], part.content)
         elif part.type == "image":
             part.attrSet("src", source(str(part.attrGet("src"))))
+        elif part.type == "text":
+            part.content = BRACKETS.sub(lambda found: found[0].replace(" ", "\u00a0"), part.content)
 
 
 def _label_tables(tokens: list[Token]) -> None:
@@ -163,6 +165,4 @@ def _label_tables(tokens: list[Token]) -> None:
                 token.tag, token.attrs["scope"] = "th", "row"
                 close = next(t for t in tokens[i:] if t.type == "td_close")
                 close.tag = "th"
-            for child in tokens[i + 1].children or []:
-                child.content = BRACKETS.sub(lambda found: found[0].replace(" ", "\u00a0"), child.content)
             first = False

@@ -13,6 +13,7 @@ from harness.report.analysis import Analysis
 from harness.report.gains import SPENT, Curve, Gain
 from harness.report.learning_curves import AXES, bands, centre
 from harness.report.page.album import Album
+from harness.report.pictures import median_seed
 from harness.report.style import looks
 from harness.stats.intervals import Interval, seed_t
 
@@ -54,6 +55,7 @@ def explorer(analysis: Analysis, album: Album, root: str) -> dict[str, Any] | No
             [[_gain(analysis.final(arm, reward, name)) for name in names] for arm in run.arms] for reward in trained
         ],
         "cells": [[[cell.name for cell in run.cells_of(arm, reward)] for arm in run.arms] for reward in trained],
+        "shown": [[_shown(analysis, arm, reward) for arm in run.arms] for reward in trained],
         "curves": [[_curves(analysis, arm, reward, names) for arm in run.arms] for reward in trained],
         **album.records(trained),
     }
@@ -72,6 +74,13 @@ def _gain(gain: Gain) -> dict[str, Any] | None:
         "standardised_interval": _interval(seed_t(gain.standardised)),
         "diverged": diverged,
     }
+
+
+def _shown(analysis: Analysis, arm: str, reward: str) -> int | None:
+    """Place of the seed whose pictures are seen first: the one of the report's own pictures."""
+    seeds = analysis.final(arm, reward).seeds
+    median = median_seed(analysis, arm, reward)
+    return seeds.index(median) if median in seeds else None
 
 
 def _curves(analysis: Analysis, arm: str, reward: str, names: list[str]) -> dict[str, Any] | None:

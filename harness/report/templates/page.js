@@ -39,7 +39,7 @@ function estimate([mean, low, high]) {
   return `${fixed(mean, places)} [${fixed(low, places)},\u00a0${fixed(high, places)}]`;
 }
 
-const thousands = (value) => (value >= 1000 ? Math.round(value).toLocaleString("en").replaceAll(",", "\u2009") : String(Number(value.toPrecision(3))));
+const thousands = (value) => (value >= 1000 ? Math.round(value).toLocaleString("en").replaceAll(",", "\u202f") : String(Number(value.toPrecision(3))));
 
 // ---------------------------------------------------------------------------------------------------------------
 // The document: theme, contents, tables
@@ -76,7 +76,7 @@ function scrollBoxes() {
 }
 
 function sortValue(cell) {
-  const text = cell.textContent.trim().replaceAll("−", "-").replaceAll("\u2009", "");
+  const text = cell.textContent.trim().replaceAll("−", "-").replaceAll("\u202f", "");
   const number = text.match(/^[<+]?(-?\d+(\.\d+)?)/);
   return number ? Number(number[1]) : text;
 }
@@ -106,7 +106,7 @@ function paper() {
 // ---------------------------------------------------------------------------------------------------------------
 // Drawing
 
-const DASHES = { "-": null, "--": "7 4", ":": "2 4" };
+const DASHES = { "-": null, "--": "7 4", ":": "2 4", "-.": "7 3 2 3" };
 
 /** Outline of a marker around (0, 0), the same shapes as in the figures. */
 function outline(marker, r) {
@@ -538,12 +538,13 @@ function explore(data) {
     detail.scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   }
 
-  /** The first method's seed whose pictures are inside the page, so that there is something to see at once. */
+  /** The median seed of the first method that has pictures inside the page, so that there is something to see at once. */
   function first() {
     for (const t of data.trained.keys())
-      for (const a of data.arms.keys())
-        for (const [i, cell] of data.cells[t][a].entries())
-          if (data.gains[t][a][own(t)] && data.stored[cell]?.at(-1)?.pictures[0]) return { t, a, i };
+      for (const a of data.arms.keys()) {
+        const i = data.shown[t][a];
+        if (isNumber(i) && data.stored[data.cells[t][a][i]]?.at(-1)?.pictures[0]) return { t, a, i };
+      }
     return null;
   }
 

@@ -317,7 +317,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is absent."""
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or remove it and run the command again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content

@@ -180,3 +180,14 @@ def test_mistakes_are_one_line(old: Path, call, words: tuple[str, ...], shown: s
     assert code == 2
     assert shown in text
     assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["run.json", "provenance.json", "cells/base/status.json"])
+def test_a_damaged_record_is_one_line(old: Path, call, name: str) -> None:  # type: ignore[no-untyped-def]
+    """Cut off in the middle, as a full disk or an editor may leave it."""
+    path = old / name
+    path.write_bytes(path.read_bytes()[:20])
+    code, text = call("compare", old, old)
+    assert code == 2
+    assert f"{old / name} is damaged" in text
+    assert text.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -428,3 +429,11 @@ def test_one_seed_is_no_evidence(tmp_path: Path) -> None:
     assert found.outcome is GateOutcome.INCONCLUSIVE
     assert "n=1" in found.note
     assert row(compare(take(new), take(old)), "draft").outcome is GateOutcome.WORSE
+
+
+def test_the_unit_is_the_baselines(new: Path, old: Path) -> None:
+    """A base model whose pictures vary more today makes no loss smaller."""
+    now = take(shifted(new, -0.4 * base_sd(old), "draft--*", spread=0.02))
+    wider = replace(now, base_sd={name: 9 * sd for name, sd in now.base_sd.items()})
+
+    assert row(compare(wider, once(old)), "draft") == row(compare(now, once(old)), "draft")

@@ -11,7 +11,10 @@ from harness.commands._arguments import require_run
 
 
 def status(directory: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
-    """Show how far a run is: a line per cell."""
+    """Show how far a run is: a line per cell.
+
+    python -m harness status results/RUN
+    """
     from harness.progress import status_lines
 
     require_run(directory)

@@ -202,6 +202,8 @@ def test_curves_that_break_off() -> None:
     """A broken curve has no area, did not reach the threshold, and leaves its later points to the other seeds."""
     curves = [[0.0, 1.0, 2.0], [0.0, 0.5, NAN], [NAN, NAN, NAN]]
     assert np.isnan(log_auc([1, 10, 100], curves)).tolist() == [False, True, True]
+    with np.errstate(all="raise"):
+        assert np.isnan(log_auc([16, 16], [[1.0, 2.0]])).all()
     assert np.isnan(log_auc([0, 10], [[0.0, 1.0]])).all()
     assert band(curves)[2].n == 1
     result = time_to_threshold([1, 10, 100], curves, 0.9)

@@ -437,3 +437,15 @@ def test_the_unit_is_the_baselines(new: Path, old: Path) -> None:
     wider = replace(now, base_sd={name: 9 * sd for name, sd in now.base_sd.items()})
 
     assert row(compare(wider, once(old)), "draft") == row(compare(now, once(old)), "draft")
+
+
+def test_pictures_are_matched_where_one_run_never_had_some(new: Path, old: Path) -> None:
+    """No cell of the new run has the first picture, so that all others stand one place earlier than in the baseline."""
+    shifted(new, -0.5, "draft--*", spread=0.05)
+    edit_scores(new, lambda s: s[(s["prompt_id"] != "he-00") | (s["noise_id"] != 0)])
+    found = row(compared(new, old), "draft")
+    keep = {(f"he-{p:02d}", n) for p in range(10) for n in range(2)} - {("he-00", 0)}
+    difference = (seed_gains(new, "draft", keep=keep) - seed_gains(old, "draft", keep=keep)) / base_sd(old)
+
+    assert found.difference.estimate == pytest.approx(float(difference.mean()))
+    assert found.difference.standard_error == pytest.approx(float(stats.sem(difference)))

@@ -88,9 +88,7 @@ def run_benchmark(
     return job.run_dir
 
 
-def _logging(
-    run_dir: Path, on_event: Callable[[Event], None], streaming: Streaming
-) -> Callable[[Event], None]:
+def _logging(run_dir: Path, on_event: Callable[[Event], None], streaming: Streaming) -> Callable[[Event], None]:
     def handle(event: Event) -> None:
         if event.kind != "progress":
             line = {"time": store.utc_now(), "event": event.kind, "cell": event.cell, "detail": event.detail}

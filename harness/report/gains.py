@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from harness.report.columns import Groups, on_identical_pairs
 from harness.report.records import BASE, DEFAULT_VARIANT, FINAL, HELD_OUT, Cell, Run
@@ -191,7 +192,7 @@ class Gains:
         scores = arrange(rows, "gain")
         by_seed = dict(zip(scores.seeds, scores.means, strict=True))
         cells = self.run.cells_of(arm, training_reward)
-        base = rows.drop_duplicates(["prompt_id", "noise_id"])
+        base = rows[["prompt_id", "noise_id", "base"]].iloc[np.unique(_pair_codes(rows), return_index=True)[1]]
         fallback = 0.0 if self.scored(reward) else float("nan")
         return Gain(
             arm,
@@ -222,7 +223,8 @@ class Gains:
         ``point``: `end` is the end of training on the pictures that the curve has, too; None: all points.
         """
         rows = self._groups.rows((variant, arm, training_reward, reward, split))
-        rows = rows[rows["base"].notna()]
+        known = rows["base"].notna().to_numpy()
+        rows = rows if known.all() else rows[known]  # copying all columns is what takes time
         if point == END:
             along = rows[rows["point"] != FINAL][["prompt_id", "noise_id"]].drop_duplicates()
             last = rows[rows["point"] == FINAL]
@@ -241,11 +243,11 @@ class Gains:
         rows = self.rows(arm, training_reward, reward, split=split, point=None)
         points = sorted({str(p) for p in rows["point"].unique() if p != FINAL}, key=float)
         if points:
-            along = rows[rows["point"] != FINAL]
-            met = along[["point", "prompt_id", "noise_id"]].drop_duplicates()
-            number = met.groupby(["prompt_id", "noise_id"], observed=True).size()
-            shared = number[number == len(points)].index
-            rows = rows[pd.MultiIndex.from_frame(rows[["prompt_id", "noise_id"]]).isin(shared)]
+            pairs, met = _pair_codes(rows), np.zeros(0, dtype=np.int64)
+            for point in points:
+                met = np.concatenate([met, np.unique(pairs[(rows["point"] == point).to_numpy()])])
+            number = np.bincount(met, minlength=int(pairs.max()) + 1)
+            rows = rows[number[pairs] == len(points)]
         budget = self.run.plan.get("budget", {}).get("amount")
         if not points or budget is None or float(points[-1]) < float(budget):
             points.append(FINAL)
@@ -264,9 +266,9 @@ class Gains:
             if cell.state == "diverged":
                 last = groups[cell.name, FINAL][0] if (cell.name, FINAL) in groups else np.nan
                 values[i, ~np.isfinite(values[i])] = last if np.isfinite(last) else 0.0
-        pairs = rows.drop_duplicates(["prompt_id", "noise_id"])
         seeds = tuple(cell.seed for cell in cells)
-        return Curve(arm, training_reward, reward, seeds, values, spent, int(pairs["prompt_id"].nunique()), len(pairs))
+        pictures = len(np.unique(_pair_codes(rows)))
+        return Curve(arm, training_reward, reward, seeds, values, spent, int(rows["prompt_id"].nunique()), pictures)
 
     def own_sampler(self, arm: str, training_reward: str, reward: str) -> Array:
         """(S,) gains over the base model where both use the sampler that the method trained with; NaN where not made.
@@ -330,13 +332,22 @@ def arrange(rows: pd.DataFrame, column: str) -> SeedScores:
     return SeedScores(found.values, found.seeds, names, found.pictures)
 
 
+def _pair_codes(rows: pd.DataFrame) -> NDArray[np.int64]:
+    """(N,) a number for each (prompt, latent), which copies of a picture share."""
+    prompts = rows["prompt_id"].astype("category").cat.codes.to_numpy().astype(np.int64)
+    latents = rows["noise_id"].to_numpy(dtype=np.int64)
+    return np.asarray(prompts * (int(latents.max(initial=0)) + 1) + latents, dtype=np.int64)
+
+
 def _by_cell_and_point(rows: pd.DataFrame) -> dict[tuple[str, str], tuple[float, list[float]]]:
     """Each cell's mean gain at each point, and what it had spent until then."""
-    first = rows.drop_duplicates(["cell", "point"])
-    keys = [(str(cell), str(point)) for cell, point in zip(first["cell"], first["point"], strict=True)]
-    places = rows[["cell", "point"]].merge(first[["cell", "point"]].assign(place=range(len(first))), how="left")
-    means = arrange(rows.assign(seed=places["place"].to_numpy(dtype=np.int64)), "gain").means
-    spent = first[list(SPENT)].to_numpy(dtype=np.float64).tolist()
+    cells, points = (rows[name].astype("category").cat for name in ("cell", "point"))
+    codes = cells.codes.to_numpy().astype(np.int64) * (len(points.categories) + 1) + points.codes.to_numpy()
+    _, first, places = np.unique(codes, return_index=True, return_inverse=True)
+    named = zip(rows["cell"].iloc[first], rows["point"].iloc[first], strict=True)
+    keys = [(str(cell), str(point)) for cell, point in named]
+    means = arrange(rows[["prompt_id", "noise_id", "gain"]].assign(seed=places), "gain").means
+    spent = rows[list(SPENT)].to_numpy(dtype=np.float64)[first].tolist()
     return dict(zip(keys, zip(means.tolist(), spent, strict=True), strict=True))
 
 

@@ -24,9 +24,7 @@ NUMBERS = {
 def read_tables(paths: Sequence[Path], columns: Sequence[str]) -> pd.DataFrame:
     """Rows of all files without copies of the same row, sorted by their content; texts are categories, sorted too."""
     texts = [name for name in columns if name not in NUMBERS]
-    # Without threads: for files this small they take several times longer than reading.
-    files = (pq.ParquetFile(path, read_dictionary=texts) for path in paths)
-    found = [_coded(file.read(columns=list(columns), use_threads=False), texts) for file in files]
+    found = [_coded(pq.ParquetFile(path, read_dictionary=texts).read(columns=list(columns)), texts) for path in paths]
     found = [table for table in found if len(table)]
     if not found:
         return pd.DataFrame({column: pd.Series(dtype=object) for column in columns})
